@@ -91,10 +91,12 @@ class SumOfSquares(nn.Module):
 class TokenGroup(nn.Module):
     """n parameter tokens: `keys` (weight `[n, D]`, a row a key) and `values` (weight `[E, n]`, a column a value)."""
 
-    def __init__(self, in_features: int, out_features: int, num_tokens: int, **factory: Any) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, num_tokens: int, *, key_std: float, value_std: float, **factory: Any
+    ) -> None:
         super().__init__()
-        self.keys = nn.Linear(in_features, num_tokens, bias=False, **factory)
-        self.values = nn.Linear(num_tokens, out_features, bias=False, **factory)
+        self.keys = _linear(in_features, num_tokens, key_std, factory)
+        self.values = _linear(num_tokens, out_features, value_std, factory)
 
 
 class Pattention(nn.Module):
@@ -109,7 +111,7 @@ class Pattention(nn.Module):
         norm_activation_type: `l2_norm_gelu` (the paper's), `gelu_l2_norm` or `softmax`.
         eps: added to the squared norm.
         linear: also keep a bias-free linear map and add its output. Default: only where there are no tokens.
-        key_std, value_std: standard deviation of a random key (0.02 officially) and value.
+        key_std, value_std, linear_std: standard deviation of a random key (officially 0.02), value and linear map.
 
     Raises:
         ValueError: a negative count, an impossible group name or an unknown `norm_activation_type`.
@@ -129,27 +131,27 @@ class Pattention(nn.Module):
         linear: bool | None = None,
         key_std: float = 0.02,
         value_std: float = 0.02,
+        linear_std: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if norm_activation_type not in NORM_ACTIVATION_TYPES:
-            raise ValueError(
-                f"norm_activation_type is {norm_activation_type!r}; it must be one of {', '.join(NORM_ACTIVATION_TYPES)}"
-            )
+            known = ", ".join(NORM_ACTIVATION_TYPES)
+            raise ValueError(f"norm_activation_type is {norm_activation_type!r}; it must be one of {known}")
         counts = {BASE_GROUP: num_tokens} if isinstance(num_tokens, int) else dict(num_tokens)
         self.in_features, self.out_features = in_features, out_features
         self.norm_activation_type, self.eps, self.tau = norm_activation_type, eps, tau
-        self.key_std, self.value_std = key_std, value_std
+        self.stds = {"key_std": key_std, "value_std": value_std}
         self.fused = True
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         has_linear = not any(counts.values()) if linear is None else linear
-        self.linear = nn.Linear(in_features, out_features, bias=False, **factory) if has_linear else None
+        self.linear = _linear(in_features, out_features, linear_std, factory) if has_linear else None
         self.groups = nn.ModuleDict()
         for name, n in counts.items():
             check_group(name, n)
             if n:
-                self.groups[name] = TokenGroup(in_features, out_features, n, **factory)
+                self.groups[name] = TokenGroup(in_features, out_features, n, **self.stds, **factory)
         self.sum_of_squares = SumOfSquares()
         self._set_default_tau()
         self.reset_parameters()
@@ -157,16 +159,18 @@ class Pattention(nn.Module):
     @property
     def num_tokens(self) -> int:
         """Parameter tokens of all groups."""
-        return sum(group.keys.out_features for group in self.groups.values())
+        return sum(group.keys.out_features for group in self._token_groups)
+
+    @property
+    def _token_groups(self) -> list[TokenGroup]:
+        return list(self.groups.values())  # type: ignore[arg-type]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw keys from N(0, key_std²), values from N(0, value_std²), the linear map from N(0, key_std²)."""
-        if self.linear is not None:
-            nn.init.normal_(self.linear.weight, std=self.key_std)
-        for group in self.groups.values():
-            nn.init.normal_(group.keys.weight, std=self.key_std)
-            nn.init.normal_(group.values.weight, std=self.value_std)
+        """Draw every map from N(0, init_std²), `init_std` being an attribute of each."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=_init_std(module))
 
     @torch.no_grad()
     def add_group(self, name: str, num_tokens: int) -> None:
@@ -191,13 +195,12 @@ class Pattention(nn.Module):
                 "and takes it from the old ones; grow an l2_norm_gelu or gelu_l2_norm layer instead"
             )
         like = next(self.parameters())
-        group = TokenGroup(self.in_features, self.out_features, num_tokens, device=like.device, dtype=like.dtype)
-        if self.groups:
-            group.keys.weight.zero_()
-            group.values.weight.normal_(std=self.value_std)
-        else:
-            group.keys.weight.normal_(std=self.key_std)
-            group.values.weight.zero_()
+        group = TokenGroup(
+            self.in_features, self.out_features, num_tokens, **self.stds, device=like.device, dtype=like.dtype
+        )
+        random, zero = (group.values, group.keys) if self.groups else (group.keys, group.values)
+        nn.init.normal_(random.weight, std=_init_std(random))
+        zero.weight.zero_()
         self.groups[name] = group.train(self.training)
         self._set_default_tau()
 
@@ -215,7 +218,7 @@ class Pattention(nn.Module):
     def _plain_output(self, x: Tensor) -> Tensor:
         """Call the maps, whatever they have become: quantised, LoRA-wrapped, sharded, hooked."""
         assert self.tau is not None
-        groups = list(self.groups.values())
+        groups = self._token_groups
         scores = [group.keys(x) for group in groups]
         weights = token_weights(
             scores,
@@ -227,7 +230,7 @@ class Pattention(nn.Module):
         return _sum(group.values(w) for group, w in zip(groups, weights, strict=True))
 
     def _fused_output(self, x: Tensor) -> Tensor:
-        tensors = [m.weight for group in self.groups.values() for m in (group.keys, group.values)]
+        tensors = [m.weight for group in self._token_groups for m in (group.keys, group.values)]
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, tensors = x.to(dtype), [t.to(dtype) for t in tensors]
@@ -241,12 +244,22 @@ class Pattention(nn.Module):
             and not torch.compiler.is_compiling()
             and not torch._C._are_functorch_transforms_active()
             and _is_plain(self.sum_of_squares, SumOfSquares)
-            and all(_is_plain(m, nn.Linear) for group in self.groups.values() for m in (group.keys, group.values))
+            and all(_is_plain(m, nn.Linear) for group in self._token_groups for m in (group.keys, group.values))
         )
 
     def _set_default_tau(self) -> None:
         if self.tau is None and self.groups:
             self.tau = default_tau(self.num_tokens, self.norm_activation_type)
+
+
+def _linear(in_features: int, out_features: int, std: float, factory: dict[str, Any]) -> nn.Linear:
+    linear = nn.Linear(in_features, out_features, bias=False, **factory)
+    linear.init_std = std  # type: ignore[assignment]
+    return linear
+
+
+def _init_std(linear: nn.Linear) -> float:
+    return linear.init_std  # type: ignore[return-value]
 
 
 def default_tau(num_tokens: int, norm_activation_type: str) -> float:
@@ -283,7 +296,7 @@ class _FusedPattention(torch.autograd.Function):
             chunk = [s[rows] for s in scores]
             r = torch.mul(torch.rsqrt(_sum_of_squares(chunk) + eps), tau, out=scale[rows])
             for s, w in zip(chunk, weights, strict=True):
-                torch._C._nn.gelu(s.mul_(r), out=w[rows])
+                torch.ops.aten.gelu.out(s.mul_(r), out=w[rows])
         ctx.save_for_backward(x_2d, scale, *maps, *scores)
         ctx.tau = tau
         out = F.linear(weights[0], values[0])
@@ -305,7 +318,7 @@ class _FusedPattention(torch.autograd.Function):
         for rows in _row_chunks(x):
             for u, w in zip(normed, weights, strict=True):
                 if w is not None:
-                    torch._C._nn.gelu(u[rows], out=w[rows])
+                    torch.ops.aten.gelu.out(u[rows], out=w[rows])
             if not needs_scores:
                 continue
             chunk = [(u[rows], g[rows]) for u, g in zip(normed, grads, strict=True)]

@@ -1,0 +1,35 @@
+"""What can go wrong through no fault of the code.
+
+    TokenformerError         a user's mistake or the machine's; the command line prints it and exits with 2
+    ├── RecipeError          a recipe that cannot be read or makes no sense
+    ├── DataError            text that is missing, empty, unreadable or too little
+    ├── TokenizerError       a tokenizer that cannot be loaded or does not fit the model
+    ├── GrowthError          an operation on token groups that is not defined
+    └── CheckpointError      a checkpoint that is missing, damaged, in the way or cannot be written
+
+Each message says what was asked, what was found and what to do.
+"""
+
+
+class TokenformerError(Exception):
+    """Base of all errors above."""
+
+
+class RecipeError(TokenformerError):
+    """A recipe that cannot be read or makes no sense."""
+
+
+class DataError(TokenformerError):
+    """Text that is missing, empty, unreadable or too little."""
+
+
+class TokenizerError(TokenformerError):
+    """A tokenizer that cannot be loaded or does not fit the model."""
+
+
+class GrowthError(TokenformerError):
+    """An operation on token groups that is not defined."""
+
+
+class CheckpointError(TokenformerError):
+    """A checkpoint that is missing, damaged, in the way or cannot be written."""

@@ -1,0 +1,210 @@
+"""Configuration of a TokenFormer language model, and the named sizes of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from .pattention import BASE_GROUP, NORM_ACTIVATION_TYPES, check_group, default_tau
+
+# Which maps of a block each count in the configuration speaks about: "qkv" tokens go to each of the three.
+PROJECTIONS: dict[str, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "output": ("self_attn.o_proj",),
+    "ffn": ("mlp",),
+}
+
+
+@strict
+class TokenformerConfig(PreTrainedConfig):
+    """Sizes of a TokenFormer decoder. The defaults are the released 150M model (official code, 150M_eval.yml).
+
+    Args:
+        vocab_size: rows of the tied embedding (official: 50277 padded to 50304).
+        hidden_size, num_hidden_layers, num_attention_heads: as in any transformer.
+        qkv_param_tokens: parameter tokens of each of the query, key and value projections, all groups together.
+        output_param_tokens, ffn_param_tokens: likewise of the attention output and of the feed-forward.
+            A projection with 0 is a plain bias-free linear map.
+        token_groups: the groups in the order in which they were added, `{"name": …, "qkv": n, "output": n, "ffn": n}`
+            each. Default: one group "base" with the counts above. Where given it decides; the counts follow from it.
+        linear_projections: those of "qkv", "output", "ffn" that hold a linear map, with or without tokens beside it.
+            Default: those without tokens.
+        qkv_tau, output_tau, ffn_tau: constant τ of the projection. Default: √n (n for `softmax`) of the tokens at
+            creation; None where there are none. Growth never changes it.
+        norm_activation_type: `l2_norm_gelu`, `gelu_l2_norm` or `softmax`.
+        pattention_eps: added to the squared norm of the scores.
+        layer_norm_eps: of the parameter-free norms in the blocks and of the final norm.
+        initializer_range: standard deviation of new keys, embeddings and query, key, value linear maps. Values and the
+            other linear maps take 2 / (num_hidden_layers · √hidden_size), officially "wang_init".
+        max_position_embeddings: longest context in text tokens.
+        rope_parameters: transformers' rotary settings; default base 10000 on the first quarter of each head.
+
+    Raises:
+        ValueError: impossible sizes, names, or counts that contradict `token_groups`.
+    """
+
+    model_type = "tokenformer"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    base_model_pp_plan = {  # noqa: RUF012
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 50304
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    qkv_param_tokens: int | None = None
+    output_param_tokens: int | None = None
+    ffn_param_tokens: int | None = None
+    token_groups: list[dict] | None = None
+    linear_projections: list[str] | None = None
+    qkv_tau: float | None = None
+    output_tau: float | None = None
+    ffn_tau: float | None = None
+    norm_activation_type: str = "l2_norm_gelu"
+    pattention_eps: float = 1e-8
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    max_position_embeddings: int = 2048
+    rope_parameters: RopeParameters | dict | None = None
+    use_cache: bool = True
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Derive what was left out; every derived field is saved, so loading never derives it again."""
+        asked = {p: getattr(self, f"{p}_param_tokens") for p in PROJECTIONS}
+        if self.token_groups is None:
+            sizes = {"qkv": 768, "output": 768, "ffn": 3072}
+            self.token_groups = [{"name": BASE_GROUP} | {p: sizes[p] if asked[p] is None else asked[p] for p in sizes}]
+        self.token_groups = [{"name": g["name"], **{p: g.get(p, 0) for p in PROJECTIONS}} for g in self.token_groups]
+        for projection in PROJECTIONS:
+            for group in self.token_groups:
+                check_group(group["name"], group[projection])
+            total = sum(group[projection] for group in self.token_groups)
+            if asked[projection] not in (None, total):
+                raise ValueError(
+                    f"{projection}_param_tokens is {asked[projection]} but the token groups add up to {total}: "
+                    f"{self.token_groups}; change the groups, or leave {projection}_param_tokens out"
+                )
+            setattr(self, f"{projection}_param_tokens", total)
+            if total and getattr(self, f"{projection}_tau") is None:
+                setattr(self, f"{projection}_tau", default_tau(total, self.norm_activation_type))
+        if self.linear_projections is None:
+            self.linear_projections = [p for p in PROJECTIONS if not getattr(self, f"{p}_param_tokens")]
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Check what the types cannot."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.norm_activation_type not in NORM_ACTIVATION_TYPES:
+            known = ", ".join(NORM_ACTIVATION_TYPES)
+            raise ValueError(f"norm_activation_type is {self.norm_activation_type!r}; it must be one of {known}")
+        assert self.token_groups is not None and self.linear_projections is not None
+        names = [group["name"] for group in self.token_groups]
+        if len(set(names)) < len(names):
+            raise ValueError(f"token group names must differ: {names}")
+        for projection in PROJECTIONS:
+            if projection not in self.linear_projections and not getattr(self, f"{projection}_param_tokens"):
+                raise ValueError(f"projection {projection!r} has neither parameter tokens nor a linear map")
+
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """Fill in TokenFormer's rotary defaults; called by transformers while the configuration is made."""
+        self.rope_parameters = dict(self.rope_parameters or {})
+        self.rope_parameters.setdefault("rope_theta", kwargs.pop("rope_theta", 10000.0))
+        self.rope_parameters.setdefault("partial_rotary_factor", kwargs.pop("partial_rotary_factor", 0.25))
+        self.standardize_rope_params()
+        return kwargs
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Tensor-parallel plan: every process holds a slice of each group's tokens and adds up norms and outputs.
+
+        Heads stay whole, because a Pattention's output is. Empty for `softmax`, whose norm is not a sum of squares.
+        """
+        assert self.token_groups is not None and self.linear_projections is not None
+        plan: dict[str, str] = {}
+        if self.norm_activation_type == "softmax":
+            return plan
+        for projection, modules in PROJECTIONS.items():
+            for module in modules:
+                prefix = f"layers.*.{module}"
+                if projection in self.linear_projections:
+                    plan[f"{prefix}.linear"] = "colwise_gather_output"
+                for group in self.token_groups:
+                    if group[projection]:
+                        plan[f"{prefix}.groups.{group['name']}.keys"] = "colwise"
+                        plan[f"{prefix}.groups.{group['name']}.values"] = "rowwise"
+                        plan[f"{prefix}.sum_of_squares"] = "all_reduce"
+        return plan
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> TokenformerConfig:
+        """Return the named size, for example `"150m"` or `"150m-ffn"`; see `PRESETS`.
+
+        Raises:
+            ValueError: unknown name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+
+def _preset(
+    layers: int, hidden: int, heads: int, attention_tokens: int, ffn_tokens: int, **more: int
+) -> dict[str, int]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "qkv_param_tokens": attention_tokens,
+        "output_param_tokens": attention_tokens,
+        "ffn_param_tokens": ffn_tokens,
+        **more,
+    }
+
+
+def _ffn_family(preset: Mapping[str, int]) -> dict[str, int]:
+    """Move attention tokens into the feed-forward, beside plain linear attention, parameter for parameter."""
+    attention = 3 * preset["qkv_param_tokens"] + preset["output_param_tokens"]
+    return {
+        **preset,
+        "qkv_param_tokens": 0,
+        "output_param_tokens": 0,
+        "ffn_param_tokens": preset["ffn_param_tokens"] + attention - 2 * preset["hidden_size"],
+    }
+
+
+_LAPTOP = {"vocab_size": 4096, "max_position_embeddings": 1024}
+_PAPER_PRESETS = {
+    # Growth series: paper, table 5 (PAPER: "1.4B" computes to 1.3B).
+    "124m": _preset(12, 768, 12, 576, 2304),
+    "354m": _preset(12, 768, 12, 2140, 8560),
+    "757m": _preset(12, 768, 12, 4850, 19400),
+    "1.4b": _preset(12, 768, 12, 8620, 34480),
+    # Released on the Pile: official configs/tokenformer/*.yml.
+    "150m": _preset(12, 768, 12, 768, 3072),
+    "450m": _preset(24, 1024, 16, 1024, 4096),
+    "900m": _preset(32, 1280, 16, 1280, 5120),
+    "1.5b": _preset(40, 1536, 16, 1536, 6144),
+    # The repository's own growth run on OpenWebText2.
+    "owt2-354m": _preset(24, 1024, 16, 768, 3072),
+    "owt2-757m": _preset(24, 1024, 16, 1792, 7168),
+    # For laptops, named after the parameters outside the embedding.
+    "1m": _preset(4, 128, 4, 128, 512, **_LAPTOP),
+    "4m": _preset(6, 192, 6, 192, 768, **_LAPTOP),
+    "8m": _preset(8, 256, 8, 256, 1024, **_LAPTOP),
+    "24m": _preset(10, 384, 6, 384, 1536, **_LAPTOP),
+}
+PRESETS: dict[str, dict[str, int]] = _PAPER_PRESETS | {f"{n}-ffn": _ffn_family(p) for n, p in _PAPER_PRESETS.items()}

@@ -1,0 +1,251 @@
+"""TokenFormer decoder in transformers' style: every projection of a block is Pattention.
+
+Shape legend: B batch, T text tokens, D hidden_size, H heads, V vocab_size.
+Rotary embedding and eager attention are GPT-NeoX's own, which the official code is a fork of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.models.gpt_neox.modeling_gpt_neox import (
+    GPTNeoXRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_tokenformer import PROJECTIONS, TokenformerConfig
+from .pattention import Pattention
+
+
+def make_pattention(config: TokenformerConfig, projection: str) -> Pattention:
+    """Make one D to D map of `projection` ("qkv", "output" or "ffn") with the groups the configuration lists."""
+    assert config.token_groups is not None and config.linear_projections is not None
+    wang_std = 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
+    return Pattention(
+        config.hidden_size,
+        config.hidden_size,
+        {group["name"]: group[projection] for group in config.token_groups},
+        tau=getattr(config, f"{projection}_tau"),
+        norm_activation_type=config.norm_activation_type,
+        eps=config.pattention_eps,
+        linear=projection in config.linear_projections,
+        key_std=config.initializer_range,
+        value_std=wang_std,
+        linear_std=config.initializer_range if projection == "qkv" else wang_std,
+    )
+
+
+class TokenformerAttention(nn.Module):
+    """Causal self-attention whose query, key, value and output projections are Pattention."""
+
+    def __init__(self, config: TokenformerConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = 0.0
+        self.is_causal = True
+        self.q_proj = make_pattention(config, "qkv")
+        self.k_proj = make_pattention(config, "qkv")
+        self.v_proj = make_pattention(config, "qkv")
+        self.o_proj = make_pattention(config, "output")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map `[B, T, D]` to `[B, T, D]`; also the attention weights `[B, H, T, T_all]` where the backend has them."""
+        input_shape = hidden_states.shape[:-1]
+        heads = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=self.attention_dropout, **kwargs
+        )
+        return self.o_proj(output.reshape(*input_shape, -1)), weights
+
+
+class TokenformerDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm block: x + attention(norm(x)), then x + Pattention(norm(x)); the norms have no parameters."""
+
+    def __init__(self, config: TokenformerConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False)
+        self.self_attn = TokenformerAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(
+            config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False
+        )
+        self.mlp = make_pattention(config, "ffn")
+
+    def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
+        """Map `[B, T, D]` to `[B, T, D]`; keyword arguments go to the attention."""
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class TokenformerPreTrainedModel(PreTrainedModel):
+    """What both models share: capabilities transformers asks for, and initialisation."""
+
+    config: TokenformerConfig
+    config_class = TokenformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TokenformerDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": TokenformerDecoderLayer,
+        "attentions": TokenformerAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw every initial weight; the maps of a Pattention carry their official scales."""
+        if isinstance(module, nn.Linear) and hasattr(module, "init_std"):
+            nn.init.normal_(module.weight, std=float(module.init_std))  # type: ignore[arg-type]
+        else:
+            super()._init_weights(module)
+
+    @property
+    def pattention_layers(self) -> dict[str, list[Pattention]]:
+        """The maps of every block by projection ("qkv", "output", "ffn"), in the order of the blocks."""
+        blocks = self.base_model.layers
+        return {p: [b.get_submodule(name) for b in blocks for name in names] for p, names in PROJECTIONS.items()}
+
+
+class TokenformerModel(TokenformerPreTrainedModel):
+    """Embedding, blocks and final norm: token ids `[B, T]` to hidden states `[B, T, D]`."""
+
+    def __init__(self, config: TokenformerConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(TokenformerDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.rotary_emb = GPTNeoXRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder; arguments as in every transformers decoder.
+
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class TokenformerForCausalLM(TokenformerPreTrainedModel, GenerationMixin):
+    """Language model: the decoder and a head tied to the embedding, token ids `[B, T]` to logits `[B, T, V]`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+
+    def __init__(self, config: TokenformerConfig) -> None:
+        super().__init__(config)
+        self.model = TokenformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Return logits; with `labels` `[B, T]` (-100: ignored) also the mean next-token cross entropy in nats."""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

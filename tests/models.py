@@ -1,0 +1,32 @@
+"""Tiny models for tests."""
+
+import torch
+
+from tokenformer import TokenformerConfig, TokenformerForCausalLM
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+PAPER = {"qkv_param_tokens": 48, "output_param_tokens": 40, "ffn_param_tokens": 160}
+FFN = {"qkv_param_tokens": 0, "output_param_tokens": 0, "ffn_param_tokens": 160}
+FAMILIES = {"paper": PAPER, "ffn": FFN}
+
+
+def tiny(family: str = "paper", *, attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes):
+    """A model with weights large enough that every part of it shows in the logits."""
+    config = TokenformerConfig(**{**SIZES, **FAMILIES[family], **changes})
+    torch.manual_seed(0)
+    model = TokenformerForCausalLM._from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.normal_(std=0.2)
+    return model.to(dtype).eval()
+
+
+def tokens(rows: int = 2, length: int = 20) -> torch.Tensor:
+    return torch.randint(0, SIZES["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(3))

@@ -1,0 +1,339 @@
+import copy
+import json
+import math
+
+import pytest
+import torch
+from golden_data import FOLDER, MANIFEST, formula, inputs, outputs
+from models import FAMILIES, PAPER, SIZES, tiny, tokens
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers.cache_utils import StaticCache
+
+from tokenformer import PRESETS, TokenformerConfig, TokenformerForCausalLM, TokenformerModel
+from tokenformer.cost import parameters
+
+OFFICIAL_NAMES = {
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.proj": "self_attn.o_proj",
+    "mlp": "mlp",
+}
+
+
+def load_official(module, prefix, official, layer_offset=2):
+    """Copy official tensors into a model or one block; returns {official name: (our parameter, transposed)}."""
+    mine = dict(module.named_parameters())
+    table = {}
+    for name in official:
+        parts = name.split(".")
+        if "_param_tokens" not in name:
+            ours = {"word_embeddings": "model.embed_tokens.weight", "norm": f"model.norm.{parts[-1]}"}[parts[-2]]
+            table[name] = (mine[ours], False)
+            continue
+        if parts[0] == "sequential":
+            where, rest = f"model.layers.{int(parts[1]) - layer_offset}.", parts[2:]
+        else:
+            where, rest = "", parts
+        projection = where + OFFICIAL_NAMES[".".join(rest[:-1])]
+        kind = "keys" if rest[-1].startswith("key") else "values"
+        table[name] = (mine[f"{projection}.groups.base.{kind}.weight"], kind == "values")
+    with torch.no_grad():
+        for name, (parameter, transposed) in table.items():
+            value = official[name]
+            parameter.copy_(value.t() if transposed else value)
+    assert {id(p) for p, _ in table.values()} == {id(p) for p in module.parameters()}, f"{prefix}: parameters left over"
+    return table
+
+
+def case(letter, prefix):
+    return {k.removeprefix(prefix): v for k, v in inputs(letter).items() if k.startswith(prefix)}
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_golden_case_a(attention):
+    sizes = MANIFEST["cases"]["A"]["config"]
+    config = TokenformerConfig(
+        vocab_size=8,
+        hidden_size=sizes["hidden"],
+        num_attention_heads=sizes["heads"],
+        num_hidden_layers=1,
+        qkv_param_tokens=sizes["qkv"],
+        output_param_tokens=sizes["proj"],
+        ffn_param_tokens=sizes["ffn"],
+    )
+    model = TokenformerModel._from_config(config, attn_implementation=attention)
+    layer, want, given = model.layers[0], outputs("A"), inputs("A")
+    table = load_official(layer, "A", case("A", "case_a.layer."))
+
+    def run(module, x):
+        x = x.clone().requires_grad_()
+        position_ids = torch.arange(x.shape[1])[None]
+        mask = torch.full((1, 1, x.shape[1], x.shape[1]), -torch.inf).triu(1)
+        y = module(
+            x,
+            attention_mask=mask,
+            position_embeddings=model.rotary_emb(x, position_ids),
+        )
+        return x, y[0] if isinstance(y, tuple) else y
+
+    x, y = run(layer.self_attn, given["case_a.attention_input"])
+    torch.testing.assert_close(y, want["attention.output"], rtol=0, atol=2e-5)
+    x, y = run(layer, given["case_a.layer_input"])
+    torch.testing.assert_close(y, want["layer.output"], rtol=0, atol=2e-5)
+    (y * given["case_a.layer_loss_weights"]).sum().backward()
+    assert relative(x.grad, want["layer.grad_input"]) < 1e-4
+    for name, (parameter, transposed) in table.items():
+        got = parameter.grad.t() if transposed else parameter.grad
+        assert relative(got, want[f"layer.grad.{name}"]) < 1e-4, name
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("letter", ["M", "M_gelu_l2_norm", "M_softmax"])
+def test_golden_case_m(letter, attention):
+    facts = MANIFEST["cases"][letter]
+    sizes = facts["config"]
+    config = TokenformerConfig(
+        vocab_size=sizes["vocab"],
+        hidden_size=sizes["hidden"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        qkv_param_tokens=sizes["qkv"],
+        output_param_tokens=sizes["proj"],
+        ffn_param_tokens=sizes["ffn"],
+        norm_activation_type=sizes["norm_activation_type"],
+    )
+    model = TokenformerForCausalLM._from_config(config, attn_implementation=attention)
+    table = load_official(model, "M", case(letter, "case_m."))
+    want = outputs(letter)
+    ids, labels = torch.tensor(facts["tokens"]), torch.tensor(facts["labels"])
+    out = model(ids, output_hidden_states=True)
+    torch.testing.assert_close(out.logits, want["logits"], rtol=0, atol=5e-5)
+    names = ["hidden.embedding", *(f"hidden.layer{i}" for i in range(sizes["layers"] - 1))]
+    for name, hidden in zip(names, out.hidden_states, strict=False):
+        torch.testing.assert_close(hidden, want[name], rtol=0, atol=5e-5)
+    torch.testing.assert_close(out.hidden_states[-1], want["hidden.final_norm"], rtol=0, atol=5e-5)
+    per_token = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), reduction="none")
+    torch.testing.assert_close(per_token.view_as(labels), want["per_token_loss"], rtol=2e-6, atol=5e-5)
+    loss = per_token.mean()
+    assert abs(loss.item() - facts["results"]["loss"]) < 2e-6 * facts["results"]["loss"]
+    loss.backward()
+    for name, print_ in facts["results"]["grad_fingerprints"].items():
+        parameter, transposed = table[name]
+        grad = (parameter.grad.t() if transposed else parameter.grad).double()
+        probe = formula(f"probe.{name}", list(grad.shape)).double()
+        l2 = print_["l2"]
+        assert abs(grad.norm().item() - l2) <= 1e-4 * l2, name
+        assert abs((grad * probe).sum().item() - print_["dot_probe"]) <= 1e-3 * l2, name
+        assert abs(grad.sum().item() - print_["sum"]) <= 1e-3 * l2, name
+    for name, value in want.items():
+        if name.startswith("grad."):
+            parameter, transposed = table[name.removeprefix("grad.")]
+            assert relative(parameter.grad.t() if transposed else parameter.grad, value) < 1e-4, name
+
+
+def test_labels_give_the_shifted_mean_cross_entropy():
+    model, ids = tiny(), tokens()
+    want = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(model(ids, labels=ids).loss, want)
+
+
+PINNED = {
+    "124m": 123_569_664,
+    "354m": 354_190_848,
+    "757m": 753_796_608,
+    "1.4b": 1_309_705_728,
+    "150m": 151_881_216,
+    "450m": 454_166_528,
+    "900m": 903_252_480,
+    "1.5b": 1_587_219_456,
+    "owt2-354m": 353_503_232,
+    "owt2-757m": 756_156_416,
+    "1m": 1_573_120,
+    "4m": 4_325_760,
+    "8m": 9_437_696,
+    "24m": 25_166_592,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_parameter_counts(name):
+    config = TokenformerConfig.from_preset(name)
+    with torch.device("meta"):
+        model = TokenformerForCausalLM(config)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == PINNED[name.removesuffix("-ffn")] == parameters(config)
+
+
+def test_official_state_dicts_have_our_counts():
+    official = json.loads((FOLDER / "official_state_dicts.json").read_text())
+    text = json.dumps(official)
+    for name in ("150m", "450m", "900m", "1.5b", "owt2-354m", "owt2-757m"):
+        assert str(PINNED[name]) in text
+
+
+def test_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"no preset '12m'; there are 124m, .*1m-ffn"):
+        TokenformerConfig.from_preset("12m")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_cached_equals_uncached(family, attention, cache):
+    model, ids = tiny(family, attention=attention), tokens()
+    full = model(ids).logits
+    past = StaticCache(config=model.config, max_cache_len=32) if cache == "static" else None
+    out = model(ids[:, :7], past_key_values=past, use_cache=True)
+    pieces = [out.logits]
+    for part in (ids[:, 7:12], *ids[:, 12:].split(1, dim=1)):
+        out = model(part, past_key_values=out.past_key_values, use_cache=True)
+        pieces.append(out.logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), full, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_padding_changes_nothing(family):
+    model, ids = tiny(family), tokens(1)
+    padded = torch.cat([torch.full((1, 5), 9), ids], 1)
+    mask = torch.cat([torch.zeros(1, 5, dtype=torch.long), torch.ones_like(ids)], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(padded, attention_mask=mask, position_ids=positions).logits[:, 5:]
+    torch.testing.assert_close(logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    model.generation_config.pad_token_id = 9
+    plain = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    left = model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(plain[:, -6:], left[:, -6:])
+
+
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+@torch.no_grad()
+def test_attention_backends_agree_with_sdpa(attention):
+    ids = tokens()
+    other = tiny(attention=attention)
+    torch.testing.assert_close(other(ids).logits, tiny()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    ids = tokens()
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny().train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiles_as_one_graph(family):
+    model, ids = tiny(family), tokens()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_inductor_trains_the_same_step():
+    ids = tokens()
+    model, compiled = tiny().train(), torch.compile(tiny().train(), fullgraph=True)
+    for m in (model, compiled):
+        m(ids, labels=ids, use_cache=False).loss.backward()
+    for a, b in zip(model.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_classes_and_safetensors_round_trip(family, tmp_path):
+    model, ids = tiny(family, token_groups=None), tokens()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, TokenformerConfig) and config.to_dict()["token_groups"] == model.config.token_groups
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(loaded, TokenformerForCausalLM) and not any(report.values())
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert isinstance(AutoModel.from_pretrained(tmp_path), TokenformerModel)
+
+
+def test_every_derived_field_survives_saving(tmp_path):
+    """A configuration whose values equal the defaults of another width must not be derived again on loading."""
+    groups = [{"name": "a", "qkv": 700, "output": 700, "ffn": 3000}, {"name": "b", "qkv": 68, "output": 68, "ffn": 72}]
+    config = TokenformerConfig(hidden_size=1024, num_attention_heads=16, token_groups=groups, qkv_tau=26.0)
+    config.save_pretrained(tmp_path)
+    loaded = TokenformerConfig.from_pretrained(tmp_path)
+    assert loaded.token_groups == groups and loaded.qkv_param_tokens == 768
+    assert (loaded.qkv_tau, loaded.ffn_tau) == (26.0, math.sqrt(3072))
+
+
+def test_initial_weights_follow_the_official_scales():
+    config = TokenformerConfig(**{**SIZES, **PAPER, "hidden_size": 256, "output_param_tokens": 0})
+    block = TokenformerForCausalLM(config).model.layers[0]
+    wang = 2 / (3 * math.sqrt(256))
+    group = block.self_attn.q_proj.groups["base"]
+    for weight, std in ((group.keys, 0.02), (group.values, wang), (block.self_attn.o_proj.linear, wang)):
+        assert abs(weight.weight.std().item() / std - 1) < 0.05
+
+
+def test_linear_attention_family_is_a_plain_attention():
+    """With 0 attention tokens the maps are bias-free linear maps and nothing else."""
+    model = tiny("ffn")
+    names = [n for n, _ in model.model.layers[0].self_attn.named_parameters()]
+    assert names == [f"{p}_proj.linear.weight" for p in "qkvo"]
+
+
+def test_speaks_gpt_neox_rotary_and_attention():
+    """An -ffn attention with GPT-NeoX's weights computes what transformers' GPT-NeoX computes."""
+    neox_config = GPTNeoXConfig(
+        vocab_size=128,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=8,
+        attention_bias=False,
+    )
+    neox = GPTNeoXForCausalLM(neox_config).gpt_neox.eval()
+    mine = tiny("ffn").model
+    attention, theirs = mine.layers[0].self_attn, neox.layers[0].attention
+    fused = theirs.query_key_value.weight.view(4, 3, 16, 64)
+    with torch.no_grad():
+        for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
+            getattr(attention, name).linear.weight.copy_(fused[:, i].reshape(64, 64))
+        attention.o_proj.linear.weight.copy_(theirs.dense.weight)
+    x, positions = torch.randn(2, 9, 64), torch.arange(9)[None]
+    mask = torch.full((1, 1, 9, 9), -torch.inf).triu(1)
+    a, _ = attention(x, attention_mask=mask, position_embeddings=mine.rotary_emb(x, positions))
+    b, _ = theirs(x, attention_mask=mask, position_embeddings=neox.rotary_emb(x, positions))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 65}, "65 is not a multiple of num_attention_heads 4"),
+        ({"norm_activation_type": "l2"}, "must be one of l2_norm_gelu"),
+        ({"qkv_param_tokens": -3}, "-3 parameter tokens"),
+        ({"token_groups": [{"name": "a", "ffn": 5}]}, "add up to 0"),
+        (
+            {"token_groups": [{"name": "a", **{"qkv": 48, "output": 40, "ffn": 160}}, {"name": "a"}]},
+            "names must differ",
+        ),
+        ({"linear_projections": [], "ffn_param_tokens": 0}, "neither parameter tokens nor a linear map"),
+    ],
+)
+def test_impossible_configurations(changes, message):
+    with pytest.raises(Exception, match=message):
+        TokenformerConfig(**{**SIZES, **PAPER, **changes})
+
+
+def test_exactly_one_kind_of_input():
+    model = tiny()
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+    copy.deepcopy(model)(inputs_embeds=torch.randn(1, 4, 64))
