@@ -1,0 +1,282 @@
+"""Checkpoints on disk: written whole or not at all, verified before use, and carrying their lineage.
+
+A checkpoint is a folder that transformers can load (config.json, model.safetensors, tokenizer files) plus
+`lineage.json`, the history of what was done to get there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .errors import CheckpointError, TokenizerError
+from .models.configuration_tokenformer import TokenformerConfig
+from .models.modeling_tokenformer import TokenformerForCausalLM
+
+LINEAGE_FILE = "lineage.json"
+
+
+class Event(pydantic.BaseModel):
+    """One thing that happened to a checkpoint.
+
+    Costs are totals up to and including this event, so that the last one tells what the checkpoint cost.
+    """
+
+    operation: str
+    """"train" or "grow"."""
+    arguments: dict[str, Any] = {}
+    """What it was asked to do."""
+    parent: str | None = None
+    """sha256 of the weights it started from; null where it started from random ones."""
+    recipe: dict[str, Any] | None = None
+    """The whole training recipe."""
+    data: dict[str, Any] | None = None
+    """What the text was: source, tokenizer, held-out text."""
+    seed: int | None = None
+    """Of everything random in it."""
+    text_tokens_seen: int = 0
+    """Text tokens trained on."""
+    training_flops: float = 0.0
+    """FLOPs spent on training."""
+    training_seconds: float = 0.0
+    """Wall time spent on training."""
+    loss: float | None = None
+    """Validation loss afterwards, in nats per text token."""
+    bits_per_byte: float | None = None
+    """Validation loss afterwards, in bits per UTF-8 byte."""
+    date: str = pydantic.Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    """When, in UTC."""
+    versions: dict[str, str] = pydantic.Field(
+        default_factory=lambda: {
+            "python": ".".join(map(str, sys.version_info[:3])),
+            **{package: metadata.version(package) for package in ("tokenformer", "torch", "transformers")},
+        }
+    )
+    """Of the software that did it."""
+
+
+class Lineage(pydantic.BaseModel):
+    """Where a checkpoint came from: its history, oldest event first, and the digest of the weights it led to."""
+
+    weights_sha256: str | None = None
+    history: list[Event] = []
+
+    @property
+    def last(self) -> Event:
+        """The newest event, or an empty one."""
+        return self.history[-1] if self.history else Event(operation="unknown")
+
+    def then(self, operation: str, **event: Any) -> Lineage:
+        """Return this lineage with one more event, which carries the costs on where it does not state them."""
+        fields = ("text_tokens_seen", "training_flops", "training_seconds")
+        costs = {field: getattr(self.last, field) for field in fields}
+        new = Event(**{"operation": operation, "parent": self.weights_sha256, **costs, **event})
+        return Lineage(history=[*self.history, new])
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: TokenformerForCausalLM,
+    tokenizer: PreTrainedTokenizerBase | None,
+    lineage: Lineage,
+    *,
+    force: bool = False,
+    extra: Callable[[Path], None] | None = None,
+) -> Lineage:
+    """Write a checkpoint to `path` through a temporary sibling, and return its lineage with the weights' digest.
+
+    `extra` may write further files into the folder before it gets its name.
+
+    Raises:
+        CheckpointError: `path` exists and not `force`, or it cannot be written (full disk, no permission).
+    """
+    with replacing(Path(path), force=force) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if extra is not None:
+            extra(folder)
+        lineage = lineage.model_copy(update={"weights_sha256": weights_digest(folder)})
+        (folder / LINEAGE_FILE).write_text(lineage.model_dump_json(indent=2, exclude_none=True) + "\n")
+    return lineage
+
+
+def load_checkpoint(
+    path: str | Path, *, dtype: torch.dtype | None = None
+) -> tuple[TokenformerForCausalLM, PreTrainedTokenizerBase | None, Lineage]:
+    """Verify and read the checkpoint at `path`: model in eval mode (dtype as stored by default), tokenizer, lineage.
+
+    Raises:
+        CheckpointError: missing, damaged, truncated, not a TokenFormer, or tensors that do not fit its configuration.
+        TokenizerError: the tokenizer has entries the model has no embedding for.
+    """
+    lineage = verify_checkpoint(path)
+    model, report = TokenformerForCausalLM.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
+    problems = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+    if problems:
+        raise CheckpointError(f"checkpoint {path} does not fit its own config.json: {problems}")
+    return model.eval(), load_tokenizer(path, model.config), lineage
+
+
+def load_tokenizer(path: str | Path, config: TokenformerConfig) -> PreTrainedTokenizerBase | None:
+    """Read the tokenizer kept with a checkpoint, or return None where there is none.
+
+    Raises:
+        TokenizerError: it has entries the model has no embedding for.
+    """
+    if not (Path(path) / "tokenizer_config.json").exists():
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if len(tokenizer) > config.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer in {path} has {len(tokenizer)} entries but the model's embedding only {config.vocab_size}: "
+            "they do not belong together; put the tokenizer back that the model was trained with"
+        )
+    return tokenizer
+
+
+def read_config(path: str | Path) -> TokenformerConfig:
+    """Read a checkpoint's configuration alone; errors as in `load_checkpoint`."""
+    file = Path(path) / "config.json"
+    _recover(Path(path))
+    if not file.is_file():
+        found = (
+            "an empty or different folder" if Path(path).is_dir() else "a file" if Path(path).exists() else "nothing"
+        )
+        raise CheckpointError(f"no checkpoint at {path}: looked for {file.name} in it, found {found}")
+    try:
+        content = json.loads(file.read_text())
+        if content.get("model_type") != TokenformerConfig.model_type:
+            raise CheckpointError(f"checkpoint {path} is a {content.get('model_type')!r} model, not a tokenformer")
+        return TokenformerConfig.from_pretrained(path)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {file.name}: {error}") from error
+
+
+def verify_checkpoint(path: str | Path) -> Lineage:
+    """Check that every file of a checkpoint is whole, without loading it, and return its lineage.
+
+    Raises:
+        CheckpointError: missing, damaged or truncated files, or weights that are not those the lineage names.
+    """
+    read_config(path)
+    for file in _weight_files(Path(path)):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: {file.name} ({file.stat().st_size} bytes) cannot be read: {error}; "
+                "copy it again, or go back to the checkpoint it came from"
+            ) from error
+    try:
+        lineage = Lineage.model_validate_json((Path(path) / LINEAGE_FILE).read_text())
+    except FileNotFoundError:
+        return Lineage(weights_sha256=weights_digest(path))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {LINEAGE_FILE}: {error}") from error
+    found = weights_digest(path)
+    if found != lineage.weights_sha256:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: its weights have sha256 {found[:12]}…, its lineage says "
+            f"{str(lineage.weights_sha256)[:12]}…; copy it again, or delete {LINEAGE_FILE} if you changed them yourself"
+        )
+    return lineage
+
+
+def weights_digest(path: str | Path) -> str:
+    """Return the sha256 over the weight files of a checkpoint, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in _weight_files(Path(path)):
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a temporary sibling folder that becomes `path` when the block ends well and vanishes when it does not.
+
+    Raises:
+        CheckpointError: `path` exists and not `force`, or writing failed.
+    """
+    check_target(path, force=force)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    replaced = _replaced(path)
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            _sync(temporary)
+            if path.exists():
+                path.rename(replaced)
+            temporary.rename(path)
+            _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what Python, safetensors and torch raise when a disk refuses (full, no permission) into CheckpointError."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, OSError) or "os error" in str(error).lower() or "file write" in str(error):
+            raise CheckpointError(f"could not write {path}: {error}; what was there before is untouched") from error
+        raise
+
+
+def check_target(path: Path, *, force: bool) -> None:
+    """Raise CheckpointError if `path` exists and `force` is not set: asked before long work, not after."""
+    _recover(path)
+    if path.exists() and not force:
+        raise CheckpointError(f"{path} exists already; choose another name, or --force to replace it")
+
+
+def _recover(path: Path) -> None:
+    """Undo a replacement that was killed between its two renames."""
+    if not path.exists() and _replaced(path).exists():
+        _replaced(path).rename(path)
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
+def _weight_files(path: Path) -> list[Path]:
+    files = sorted(path.glob("*.safetensors"))
+    index = path / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    missing = names - {file.name for file in files}
+    if missing:
+        raise CheckpointError(f"checkpoint {path} is incomplete: {', '.join(sorted(missing))} missing")
+    return files
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

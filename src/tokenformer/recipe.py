@@ -1,0 +1,267 @@
+"""Training recipes: what to train, on which text, in which stages. A YAML file is a `Recipe`, field for field.
+
+`tokenformer recipe --explain` prints the docstring under every field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import RecipeError
+from .growth.grow import Amount
+from .models.configuration_tokenformer import PRESETS, TokenformerConfig
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+
+class ModelSection(_Section):
+    """The model of the first stage."""
+
+    preset: str | None = None
+    """Sizes to start from, for example "1m-ffn"; fields below override it. `tokenformer recipe` lists the presets."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    num_hidden_layers: int | None = None
+    """Blocks."""
+    num_attention_heads: int | None = None
+    """Attention heads; they divide hidden_size."""
+    qkv_param_tokens: int | None = None
+    """Parameter tokens of each of the query, key and value projections; 0 makes plain linear maps."""
+    output_param_tokens: int | None = None
+    """Parameter tokens of the attention's output projection; 0 makes a plain linear map."""
+    ffn_param_tokens: int | None = None
+    """Parameter tokens of the feed-forward."""
+    norm_activation_type: Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"] | None = None
+    """How scores become weights; l2_norm_gelu is the paper's."""
+    checkpoint: str | None = None
+    """Folder of a checkpoint to start from instead: its weights, its tokenizer. No field above goes with it."""
+
+    def config(self, **derived: Any) -> TokenformerConfig:
+        """Return the configuration; `derived` holds what data and tokenizer decide.
+
+        Raises:
+            RecipeError: sizes that make no model.
+        """
+        given = self.model_dump(exclude={"preset", "checkpoint"}, exclude_none=True)
+        try:
+            return TokenformerConfig(**{**(PRESETS[self.preset] if self.preset else {}), **derived, **given})
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"model: {error}") from error
+
+    @model_validator(mode="after")
+    def _known_preset(self) -> ModelSection:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}")
+        if self.checkpoint is not None and self.model_fields_set != {"checkpoint"}:
+            others = ", ".join(sorted(self.model_fields_set - {"checkpoint"}))
+            raise ValueError(f"checkpoint brings its own sizes; take out {others}, or grow in a stage")
+        return self
+
+
+class DataSection(_Section):
+    """The text: where from, how held out, how tokenised."""
+
+    source: str | list[str]
+    """"shakespeare", "python-stdlib", a file, folder, glob, .jsonl, .parquet, a dataset name, or a list."""
+    validation_source: str | list[str] | None = None
+    """Text to validate on. Default: documents held out of `source`."""
+    text_column: str = "text"
+    """Column that holds the text in JSONL, Parquet and datasets."""
+    split: str = "train"
+    """Split of a named dataset."""
+    validation_fraction: float = Field(0.05, gt=0, lt=0.5)
+    """Share of the text (in UTF-8 bytes) whose documents are held out for validation."""
+    validation_bytes: int | None = Field(262_144, gt=0)
+    """Most held-out text to evaluate on, in UTF-8 bytes, whole documents (at least one); null for all of it."""
+    tokenizer: str = "bpe:4096"
+    """"bpe:N" trains a byte-level BPE of N entries on the training text; "bytes"; or a Hugging Face name or folder."""
+    streaming: bool = False
+    """Read and tokenise on the fly instead of caching: for corpora larger than the disk."""
+
+
+class TrainingSection(_Section):
+    """How to train; the same for all stages."""
+
+    batch_size: int = Field(16, gt=0)
+    """Sequences per optimizer step, over all processes."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Sequences per forward pass and process, where fewer fit in memory. Default: batch_size / processes."""
+    sequence_length: int = Field(256, gt=1)
+    """Text tokens per sequence."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate; a stage may set its own."""
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    """"wsd": warm up, hold, decay once over all stages. "cosine": warm up and decay to a tenth in each (paper)."""
+    warmup: float = Field(0.02, ge=0, le=1)
+    """Share of the text tokens the learning rate rises over: of all stages (wsd) or of the stage (cosine)."""
+    decay: float = Field(0.2, ge=0, le=1)
+    """Share of all text tokens at the end over which wsd falls linearly to 0."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's decay of the gradient's mean."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """AdamW's decay of the gradient's square."""
+    weight_decay: float = Field(0.1, ge=0)
+    """AdamW's weight decay on every matrix; never on the final norm."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Largest gradient norm; larger ones are scaled down."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; "auto" takes bfloat16 where the GPU or CPU has units for it. Weights stay float32."""
+    evaluations_per_stage: int = Field(4, ge=1)
+    """Validations in each stage, evenly spread, the last at its end."""
+    save_every: int = Field(500, gt=0)
+    """Optimizer steps between the checkpoints that --resume continues from."""
+    log_every: int = Field(10, gt=0)
+    """Optimizer steps between lines in log.jsonl."""
+    threads: int | None = Field(None, gt=0)
+    """CPU threads. Default: torch's choice. Tiny models are faster on 1; equal bits need an equal number."""
+    report_to: list[str] = []
+    """Where else to log, in transformers' names: "tensorboard", "wandb", …."""
+    training_arguments: dict[str, Any] = {}
+    """Further fields of transformers.TrainingArguments, for example {torch_compile: true}, {fsdp: full_shard}."""
+
+
+class Stage(_Section):
+    """One growth stage: grow (all but the first may), then train."""
+
+    text_tokens: int = Field(gt=0)
+    """Text tokens to train on in this stage, rounded up to whole optimizer steps."""
+    preset: str | None = None
+    """Grow to the parameter tokens and depth of this preset before training."""
+    qkv_param_tokens: Amount | None = None
+    """Grow each of query, key and value to this total, or by "+256" or "+50%"."""
+    output_param_tokens: Amount | None = None
+    """Grow the attention's output likewise."""
+    ffn_param_tokens: Amount | None = None
+    """Grow the feed-forward likewise."""
+    num_hidden_layers: Amount | None = None
+    """Insert blocks up to this depth, likewise."""
+    group: str | None = None
+    """Name of the token group that growing adds. Default: grown1, grown2, …."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of this stage. Default: training.learning_rate."""
+    frozen: list[str] = []
+    """What does not train in this stage: names of token groups, "embedding", "final_norm", "linear_maps"."""
+
+    @property
+    def growth(self) -> dict[str, Any]:
+        """Keyword arguments for `grow`; empty where this stage does not grow."""
+        fields = {"preset", "qkv_param_tokens", "output_param_tokens", "ffn_param_tokens", "num_hidden_layers"}
+        asked = self.model_dump(include=fields, exclude_none=True)
+        return {**asked, "name": self.group} if asked else {}
+
+
+class Recipe(_Section):
+    """A whole run."""
+
+    model: ModelSection
+    """The first stage's model."""
+    data: DataSection
+    """The text."""
+    training: TrainingSection = TrainingSection()
+    """How to train."""
+    stages: list[Stage] = Field(min_length=1)
+    """Growth stages in order."""
+    seed: int = 0
+    """Decides initial weights, hold-out order of the text and everything else random."""
+
+    @model_validator(mode="after")
+    def _first_stage_does_not_grow(self) -> Recipe:
+        if self.stages[0].growth and self.model.checkpoint is None:
+            raise ValueError("stages.0 grows, but the first stage trains `model`: put its sizes there")
+        for i, stage in enumerate(self.stages):
+            if stage.group is not None and not stage.growth:
+                raise ValueError(f"stages.{i} names group {stage.group!r} but adds no parameter tokens")
+        return self
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a YAML recipe.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown key (names the nearest), a missing or impossible value.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RecipeError(f"cannot read recipe {path}: {reason}") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"recipe {path} holds {type(content).__name__}, not keys such as {_keys(Recipe)}")
+    return parse_recipe(content, where=str(path))
+
+
+def parse_recipe(content: dict[str, Any], *, where: str = "recipe") -> Recipe:
+    """Check a recipe given as nested dictionaries; errors as in `load_recipe`."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        problems = [_describe(problem) for problem in error.errors()]
+        raise RecipeError("\n".join([f"{where}:", *(f"  {p}" for p in problems)])) from error
+
+
+def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Yield (key, type, default, meaning) of every field, sections first: what `recipe --explain` prints."""
+    for name, field in section.model_fields.items():
+        inner = _section(field.annotation)
+        if inner is not None:
+            yield f"{prefix}{name}", "section", "", field.description or ""
+            yield from fields(inner, f"{prefix}{name}{'[]' if _is_list(field.annotation) else ''}.")
+            continue
+        default = "required" if field.is_required() else "" if field.default is None else str(field.default)
+        yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
+
+
+def _describe(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        section: type[BaseModel] | None = Recipe
+        for part in problem["loc"][:-1]:
+            if section is not None and isinstance(part, str) and part in section.model_fields:
+                section = _section(section.model_fields[part].annotation)
+        known = list((section or Recipe).model_fields)
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"{key!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key and not message.startswith("stages.") else message
+    return f"{key} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys(section: type[BaseModel]) -> str:
+    return ", ".join(section.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if _is_list(annotation):
+        annotation = typing.get_args(annotation)[0]
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _is_list(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is list
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return " or ".join(_type_name(a) for a in typing.get_args(annotation) if a is not type(None))
+    if typing.get_origin(annotation) is Literal:
+        return " or ".join(str(a) for a in typing.get_args(annotation))
+    names = {str: "text", int: "integer", float: "number", bool: "true or false"}
+    return names.get(annotation, str(annotation).replace("typing.", "").replace("str", "text"))

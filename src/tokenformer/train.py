@@ -1,0 +1,470 @@
+"""Train a recipe: stage after stage with transformers' Trainer, growing in between; resumable to the same bits.
+
+A run folder holds `recipe.yaml`, `log.jsonl`, one checkpoint per finished stage (`stage1`, `stage2`, …, each with
+`optimizer.pt`) and, while a stage trains, `stageN.partial` with the Trainer's own checkpoints. Every stage starts from
+files alone, so an interrupted run and an uninterrupted one go through the same states.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from torch.utils.data import Subset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging as transformers_logging
+
+from . import cost
+from .checkpoint import Lineage, check_target, disk_errors, load_checkpoint, save_checkpoint
+from .data import TextData, prepare, training_order
+from .errors import CheckpointError, RecipeError
+from .evaluate import Evaluation, evaluate
+from .growth.grow import grow
+from .models.modeling_tokenformer import TokenformerForCausalLM
+from .recipe import Recipe, Stage, parse_recipe
+
+OPTIMIZER_FILE = "optimizer.pt"
+_COMPLETE = "complete"
+
+OnEvent = Callable[[dict[str, Any]], None]
+OptimizerState = dict[str, dict[str, torch.Tensor]]
+
+
+def train(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    on_event: OnEvent = lambda event: None,
+) -> list[Path]:
+    """Train `recipe` in `folder` and return the checkpoints of its stages, the final one last.
+
+    Args:
+        recipe: what to do.
+        folder: the run folder.
+        resume: continue what an earlier call began, from its newest whole checkpoint; with the same machine and
+            threads the final weights equal those of an uninterrupted run bit for bit.
+        force: delete an existing run folder first.
+        on_event: called with every event of the run, in order: "data", "stage", "growth", "train" (also "progress",
+            which is not logged), "evaluation", "end". All but "progress" are lines of log.jsonl.
+
+    Raises:
+        RecipeError: the recipe makes no sense, or on resuming is not the one the run began with.
+        DataError, TokenizerError: from the text. GrowthError: from growing.
+        CheckpointError: the folder exists, or cannot be written.
+        KeyboardInterrupt: after Ctrl-C, once the state is saved (a second Ctrl-C leaves at once).
+    """
+    run = Path(folder)
+    main_process = PartialState().is_main_process
+    if main_process:
+        _open_run(recipe, run, resume=resume, force=force)
+    PartialState().wait_for_everyone()
+    if recipe.training.threads is not None:
+        torch.set_num_threads(recipe.training.threads)
+    log = _Log(run / "log.jsonl", on_event if main_process else lambda event: None, enabled=main_process)
+    initial = load_checkpoint(recipe.model.checkpoint) if recipe.model.checkpoint is not None else None
+    with PartialState().main_process_first():
+        data = prepare(
+            recipe.data,
+            sequence_length=recipe.training.sequence_length,
+            tokenizer_folder=run / "tokenizer",
+            tokenizer=initial[1] if initial is not None else None,
+        )
+    if not resume:
+        log.write({"event": "data", **data.facts})
+    checkpoints = []
+    for index in range(len(recipe.stages)):
+        checkpoint = run / f"stage{index + 1}"
+        if not checkpoint.exists():
+            previous = checkpoints[-1] if checkpoints else recipe.model.checkpoint
+            _StageRun(recipe, index, data, log).run(previous, checkpoint)
+        checkpoints.append(checkpoint)
+    return checkpoints
+
+
+def steps_of(stage: Stage, recipe: Recipe) -> int:
+    """Optimizer steps of a stage: its text tokens, rounded up to whole batches."""
+    return math.ceil(stage.text_tokens / (recipe.training.batch_size * recipe.training.sequence_length))
+
+
+def learning_rate(recipe: Recipe, stage: int, step: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) of stage `stage` (from 0)."""
+    t = recipe.training
+    steps = [steps_of(s, recipe) for s in recipe.stages]
+    peak = recipe.stages[stage].learning_rate or t.learning_rate
+    if t.schedule == "cosine":
+        warmup = t.warmup * steps[stage]
+        if step < warmup:
+            return peak * (step + 1) / (warmup + 1)
+        progress = (step - warmup) / max(1.0, steps[stage] - warmup)
+        return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    total, now = sum(steps), sum(steps[:stage]) + step
+    rise = (now + 1) / (t.warmup * total + 1)
+    fall = (total - now) / max(1.0, t.decay * total)
+    return peak * min(1.0, rise, fall)
+
+
+def read_log(run: str | Path) -> list[dict[str, Any]]:
+    """Return the events of a run; a last line cut short by a kill is left out."""
+    events = []
+    for line in (Path(run) / "log.jsonl").read_text().splitlines():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return events
+
+
+@dataclass
+class _Log:
+    path: Path
+    on_event: OnEvent
+    enabled: bool
+
+    def write(self, event: dict[str, Any]) -> None:
+        if self.enabled:
+            with disk_errors(self.path), self.path.open("a") as stream:
+                stream.write(json.dumps(event) + "\n")
+        self.on_event(event)
+
+    def rewind(self, stage: int, step: int) -> dict[str, Any]:
+        """Drop what was logged after `step` of `stage`, to be logged again; return the newest event that is left."""
+        if not self.path.exists():
+            return {}
+        kept = [e for e in read_log(self.path.parent) if (e.get("stage", 0), e.get("step", 0)) <= (stage, step)]
+        if step == 0:
+            kept = [e for e in kept if e.get("stage", 0) < stage]
+        if self.enabled:
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(e) + "\n" for e in kept))
+            temporary.replace(self.path)
+        return next((e for e in reversed(kept) if "seconds" in e), {})
+
+
+class _StageRun(TrainerCallback):
+    """One stage: build its start, hand it to the Trainer, watch, and write its checkpoint."""
+
+    def __init__(self, recipe: Recipe, index: int, data: TextData, log: _Log) -> None:
+        self.recipe, self.index, self.data, self.log = recipe, index, data, log
+        self.stage = recipe.stages[index]
+        self.steps = steps_of(self.stage, recipe)
+        self.tokens_per_step = recipe.training.batch_size * recipe.training.sequence_length
+        every = self.steps / recipe.training.evaluations_per_stage
+        self.evaluation_steps = {round(every * (i + 1)) for i in range(recipe.training.evaluations_per_stage)}
+        self.bfloat16 = _use_bfloat16(recipe.training.precision)
+        self.flops_per_step = 0.0
+        self.interrupted = False
+
+    def run(self, previous: str | Path | None, target: Path) -> None:
+        partial = target.with_name(f"{target.name}.partial")
+        resume_from = _newest_complete(partial)
+        done = int(resume_from.name.removeprefix("checkpoint-")) if resume_from else 0
+        logged = self.log.rewind(self.index + 1, done)
+        self.model, states, self.lineage = self._start(previous)
+        spent = logged.get("seconds", 0.0) if done else 0.0
+        self.clock = time.perf_counter() - max(spent, self.lineage.last.training_seconds)
+        if self.stage.growth:
+            states = self._grow(states, quiet=done > 0)
+        _freeze(self.model, self.stage.frozen)
+        self.flops_per_step = self.tokens_per_step * cost.training_flops(
+            self.model.config,
+            self.recipe.training.sequence_length,
+            frozen_parameters=sum(p.numel() for p in self.model.parameters() if not p.requires_grad),
+        )
+        arguments = self._arguments(partial)
+        self.model.to(arguments.device)
+        optimizer = _make_optimizer(self.model, self.recipe, states)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate(self.recipe, self.index, min(step, self.steps - 1))
+        )
+        self.trainer = Trainer(
+            self.model,
+            arguments,
+            train_dataset=self._blocks(),
+            data_collator=_collate,
+            optimizers=(optimizer, schedule),
+            callbacks=[self],
+        )
+        self.trainer.remove_callback(PrinterCallback)
+        self._emit("stage", 0, steps=self.steps, done=done, parameters=cost.parameters(self.model.config))
+        with self._interruptible(), disk_errors(partial):
+            self.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self._finish(target, optimizer, states)
+        if self.log.enabled:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _start(self, previous: str | Path | None) -> tuple[TokenformerForCausalLM, OptimizerState, Lineage]:
+        """Build what this stage starts from, out of files and seeds alone."""
+        torch.manual_seed(self.recipe.seed * 1000 + self.index)
+        if previous is None:
+            tokenizer = self.data.tokenizer
+            config = self.recipe.model.config(
+                vocab_size=len(tokenizer),
+                max_position_embeddings=self.recipe.training.sequence_length,
+                eos_token_id=tokenizer.eos_token_id,
+                bos_token_id=tokenizer.eos_token_id,
+            )
+            return TokenformerForCausalLM(config), {}, Lineage()
+        model, _, lineage = load_checkpoint(previous, dtype=torch.float32)
+        file = Path(previous) / OPTIMIZER_FILE
+        return model, torch.load(file, weights_only=True) if file.exists() else {}, lineage
+
+    def _grow(self, states: OptimizerState, *, quiet: bool) -> OptimizerState:
+        """Grow, say what it did to the logits and the loss, and rename the optimizer's states along."""
+        model = self.model.eval()
+        before = None if quiet else self._evaluate(model).loss
+        sample = torch.tensor(self.data.validation_blocks[:4]["input_ids"])
+        with torch.no_grad():
+            logits = model(sample, use_cache=False).logits
+            parents = {id(p): name for name, p in model.named_parameters()}
+            grow(model, **self.stage.growth)
+            equal = torch.equal(model(sample, use_cache=False).logits, logits)
+        if not quiet:
+            self._emit(
+                "growth",
+                0,
+                arguments=self.stage.growth,
+                token_groups=cost.group_tokens(model.config),
+                loss_before=before,
+                loss_after=self._evaluate(model).loss,
+                logits_equal=equal,
+            )
+        names = {parents[id(p)]: name for name, p in model.named_parameters() if id(p) in parents}
+        return {names[name]: state for name, state in states.items()}
+
+    def _arguments(self, partial: Path) -> TrainingArguments:
+        t = self.recipe.training
+        processes = PartialState().num_processes
+        micro = t.micro_batch_size or max(1, t.batch_size // processes)
+        if t.batch_size % (micro * processes):
+            raise RecipeError(
+                f"training.batch_size {t.batch_size} is not a multiple of micro_batch_size {micro} × {processes} processes"
+            )
+        ours: dict[str, Any] = {
+            "output_dir": str(partial),
+            "max_steps": self.steps,
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": t.batch_size // (micro * processes),
+            "max_grad_norm": t.max_grad_norm,
+            "bf16": self.bfloat16,
+            "use_cpu": not torch.accelerator.is_available(),
+            "save_strategy": "steps",
+            "save_steps": t.save_every,
+            "save_total_limit": 2,
+            "logging_steps": t.log_every,
+            "report_to": t.report_to,
+            "train_sampling_strategy": "sequential",
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "disable_tqdm": True,
+            "seed": self.recipe.seed,
+        }
+        taken = sorted(ours.keys() & t.training_arguments.keys())
+        if taken:
+            raise RecipeError(f"training.training_arguments sets {', '.join(taken)}, which other recipe fields decide")
+        try:
+            return TrainingArguments(**ours, **t.training_arguments)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"training.training_arguments: {error}") from error
+
+    def _blocks(self) -> Any:
+        """This stage's stretch of the one global order of text, so that stages never depend on how others were run."""
+        batch = self.recipe.training.batch_size
+        skipped = batch * sum(steps_of(s, self.recipe) for s in self.recipe.stages[: self.index])
+        count = batch * self.steps
+        if self.recipe.data.streaming:
+            return self.data.train_blocks.repeat(None).skip(skipped).take(count)
+        order = training_order(len(self.data.train_blocks), skipped, count, seed=self.recipe.seed)
+        return Subset(self.data.train_blocks, order.tolist())
+
+    def _evaluate(self, model: Any) -> Evaluation:
+        return evaluate(
+            model,
+            self.data.validation_blocks,
+            num_bytes=self.data.validation_bytes,
+            dtype=torch.bfloat16 if self.bfloat16 else None,
+        )
+
+    def _emit(self, event: str, step: int, *, logged: bool = True, **facts: Any) -> None:
+        """Report an event with the totals so far, over all stages and all that the checkpoint went through before."""
+        line = {
+            "event": event,
+            "stage": self.index + 1,
+            "step": step,
+            "text_tokens_seen": self.lineage.last.text_tokens_seen + step * self.tokens_per_step,
+            "training_flops": self.lineage.last.training_flops + step * self.flops_per_step,
+            "seconds": time.perf_counter() - self.clock,
+        }
+        (self.log.write if logged else self.log.on_event)({**line, **facts})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._emit("progress", state.global_step, logged=False)
+        if state.global_step in self.evaluation_steps:
+            started = time.perf_counter()
+            self.evaluation = self._evaluate(self.model)
+            self.clock += time.perf_counter() - started
+            names = {"eval_loss": self.evaluation.loss, "eval_bits_per_byte": self.evaluation.bits_per_byte}
+            self.trainer.log(names)
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "eval_loss" in logs:
+            facts = {"loss": logs["eval_loss"], "bits_per_byte": logs["eval_bits_per_byte"]}
+            self._emit("evaluation", state.global_step, **facts)
+        elif "loss" in logs:
+            facts = {name: float(logs[name]) for name in ("loss", "learning_rate", "grad_norm") if name in logs}
+            self._emit("train", state.global_step, **facts)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+
+    def _finish(self, target: Path, optimizer: torch.optim.Optimizer, states: OptimizerState) -> None:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        states = {**states, **{names[id(p)]: dict(state) for p, state in optimizer.state.items()}}
+        lineage = self.lineage
+        if self.stage.growth:
+            lineage = lineage.then("grow", arguments=self.stage.growth, seed=self.recipe.seed)
+        last = self.lineage.last
+        lineage = lineage.then(
+            "train",
+            arguments={"stage": self.index + 1},
+            recipe=self.recipe.model_dump(exclude_unset=True),
+            data=self.data.facts,
+            seed=self.recipe.seed,
+            text_tokens_seen=last.text_tokens_seen + self.steps * self.tokens_per_step,
+            training_flops=last.training_flops + self.steps * self.flops_per_step,
+            training_seconds=time.perf_counter() - self.clock,
+            loss=self.evaluation.loss,
+            bits_per_byte=self.evaluation.bits_per_byte,
+        )
+        if self.log.enabled:
+            self.model.to("cpu")
+            save_checkpoint(
+                target,
+                self.model,
+                self.data.tokenizer,
+                lineage,
+                extra=lambda folder: torch.save(states, folder / OPTIMIZER_FILE),
+            )
+        PartialState().wait_for_everyone()
+        self._emit("end", self.steps, loss=self.evaluation.loss, bits_per_byte=self.evaluation.bits_per_byte)
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Let the first Ctrl-C finish the step and save; a second one is Python's usual KeyboardInterrupt."""
+
+        def stop(number: int, frame: Any) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        try:
+            old = signal.signal(signal.SIGINT, stop)
+        except ValueError:  # not the main thread: whoever runs us there decides about signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, old)
+
+
+def _open_run(recipe: Recipe, run: Path, *, resume: bool, force: bool) -> None:
+    file = run / "recipe.yaml"
+    content = recipe.model_dump(exclude_unset=True)
+    if resume:
+        if not file.exists():
+            raise CheckpointError(f"nothing to resume: {run} holds no run; start it without --resume")
+        began = parse_recipe(yaml.safe_load(file.read_text()), where=str(file))
+        if began != recipe:
+            changed = [k for k in Recipe.model_fields if getattr(began, k) != getattr(recipe, k)]
+            raise RecipeError(
+                f"the recipe differs from the one this run began with ({file}) in: {', '.join(changed)}; resume with that "
+                "one, or start another run with --output"
+            )
+        return
+    if force:
+        shutil.rmtree(run, ignore_errors=True)
+    elif run.exists():
+        hint = "--resume to continue it, " if file.exists() else ""
+        raise CheckpointError(f"{run} exists already; {hint}--force to replace it, or --output for another place")
+    check_target(run, force=force)
+    with disk_errors(run):
+        run.mkdir(parents=True)
+        temporary = run / "recipe.tmp"
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        temporary.replace(file)
+
+
+def _freeze(model: TokenformerForCausalLM, frozen: list[str]) -> None:
+    """Set `requires_grad` of every parameter by whether a name in `frozen` covers it."""
+    groups = [group["name"] for group in model.config.token_groups]
+    parts = {
+        **{name: f".groups.{name}." for name in groups},
+        "embedding": "embed_tokens.",
+        "final_norm": "model.norm.",
+        "linear_maps": ".linear.",
+    }
+    unknown = [name for name in frozen if name not in parts]
+    if unknown:
+        raise RecipeError(f"frozen names {', '.join(map(repr, unknown))}; this model has {', '.join(parts)}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(parts[part] in name for part in frozen))
+    if not any(p.requires_grad for p in model.parameters()):
+        raise RecipeError(f"frozen {', '.join(frozen)} leaves nothing to train")
+
+
+def _make_optimizer(model: TokenformerForCausalLM, recipe: Recipe, states: OptimizerState) -> torch.optim.Optimizer:
+    """AdamW over what trains, each parameter with the state it had in an earlier stage, if it had one."""
+    t = recipe.training
+    training = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [
+        {"params": [p for p in training.values() if p.dim() >= 2], "weight_decay": t.weight_decay},
+        {"params": [p for p in training.values() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    # The schedule multiplies lr = 1: it returns learning rates, not factors.
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=1.0, betas=(t.beta1, t.beta2), eps=1e-8, fused=True
+    )
+    for name, p in training.items():
+        if name in states:
+            optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in states[name].items()}
+    return optimizer
+
+
+def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    input_ids = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": input_ids, "labels": input_ids}
+
+
+def _newest_complete(partial: Path) -> Path | None:
+    whole = [p.parent for p in partial.glob(f"checkpoint-*/{_COMPLETE}")]
+    return max(whole, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
+
+
+def _use_bfloat16(precision: str) -> bool:
+    """Whether to compute in bfloat16: on "auto" only with units for it, since CPUs without emulate it slowly."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+transformers_logging.set_verbosity_error()
