@@ -38,7 +38,7 @@ def evaluate(
 
     Args:
         model: any transformers causal language model.
-        blocks: a dataset of `{"input_ids": [T], "labels": [T]}` as `data.pack` makes them; labels of -100 are not predicted.
+        blocks: a dataset of `{"input_ids": [T], "labels": [T]}` as `data.pack` makes them; -100 is not predicted.
         num_bytes: UTF-8 bytes of the text the blocks were made from.
         batch_size: blocks per forward pass.
         dtype: autocast to this type; default: compute in the weights' own.

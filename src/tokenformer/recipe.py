@@ -19,6 +19,22 @@ from .errors import RecipeError
 from .growth.grow import Amount
 from .models.configuration_tokenformer import PRESETS, TokenformerConfig
 
+EXAMPLE = """\
+# tokenformer train THIS_FILE
+model:
+  preset: 1m-ffn
+data:
+  source: shakespeare        # or your files: [notes/, "books/*.txt", corpus.jsonl]
+  tokenizer: bpe:4096
+training:
+  batch_size: 16
+  sequence_length: 128
+stages:
+  - text_tokens: 1_000_000
+  - ffn_param_tokens: +100%  # grow, losing nothing, and train on
+    text_tokens: 1_000_000
+"""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)

@@ -24,7 +24,6 @@ from accelerate import PartialState
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging as transformers_logging
 
 from . import cost
 from .checkpoint import Lineage, check_target, disk_errors, load_checkpoint, save_checkpoint
@@ -85,7 +84,7 @@ def train(
         )
     if not resume:
         log.write({"event": "data", **data.facts})
-    checkpoints = []
+    checkpoints: list[Path] = []
     for index in range(len(recipe.stages)):
         checkpoint = run / f"stage{index + 1}"
         if not checkpoint.exists():
@@ -226,6 +225,7 @@ class _StageRun(TrainerCallback):
 
     def _grow(self, states: OptimizerState, *, quiet: bool) -> OptimizerState:
         """Grow, say what it did to the logits and the loss, and rename the optimizer's states along."""
+        started = time.perf_counter()
         model = self.model.eval()
         before = None if quiet else self._evaluate(model).loss
         sample = torch.tensor(self.data.validation_blocks[:4]["input_ids"])
@@ -235,13 +235,15 @@ class _StageRun(TrainerCallback):
             grow(model, **self.stage.growth)
             equal = torch.equal(model(sample, use_cache=False).logits, logits)
         if not quiet:
+            after = self._evaluate(model).loss
+            self.clock += time.perf_counter() - started
             self._emit(
                 "growth",
                 0,
                 arguments=self.stage.growth,
                 token_groups=cost.group_tokens(model.config),
                 loss_before=before,
-                loss_after=self._evaluate(model).loss,
+                loss_after=after,
                 logits_equal=equal,
             )
         names = {parents[id(p)]: name for name, p in model.named_parameters() if id(p) in parents}
@@ -253,7 +255,8 @@ class _StageRun(TrainerCallback):
         micro = t.micro_batch_size or max(1, t.batch_size // processes)
         if t.batch_size % (micro * processes):
             raise RecipeError(
-                f"training.batch_size {t.batch_size} is not a multiple of micro_batch_size {micro} × {processes} processes"
+                f"training.batch_size {t.batch_size} is not a multiple of micro_batch_size {micro} × {processes} "
+                "processes; change one of them"
             )
         ours: dict[str, Any] = {
             "output_dir": str(partial),
@@ -283,7 +286,7 @@ class _StageRun(TrainerCallback):
             raise RecipeError(f"training.training_arguments: {error}") from error
 
     def _blocks(self) -> Any:
-        """This stage's stretch of the one global order of text, so that stages never depend on how others were run."""
+        """Take the stage's stretch of the one global order of text."""
         batch = self.recipe.training.batch_size
         skipped = batch * sum(steps_of(s, self.recipe) for s in self.recipe.stages[: self.index])
         count = batch * self.steps
@@ -300,7 +303,7 @@ class _StageRun(TrainerCallback):
             dtype=torch.bfloat16 if self.bfloat16 else None,
         )
 
-    def _emit(self, event: str, step: int, *, logged: bool = True, **facts: Any) -> None:
+    def _emit(self, event: str, step: int, **facts: Any) -> None:
         """Report an event with the totals so far, over all stages and all that the checkpoint went through before."""
         line = {
             "event": event,
@@ -310,10 +313,10 @@ class _StageRun(TrainerCallback):
             "training_flops": self.lineage.last.training_flops + step * self.flops_per_step,
             "seconds": time.perf_counter() - self.clock,
         }
-        (self.log.write if logged else self.log.on_event)({**line, **facts})
+        (self.log.on_event if event == "progress" else self.log.write)({**line, **facts})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._emit("progress", state.global_step, logged=False)
+        self._emit("progress", state.global_step)
         if state.global_step in self.evaluation_steps:
             started = time.perf_counter()
             self.evaluation = self._evaluate(self.model)
@@ -395,8 +398,8 @@ def _open_run(recipe: Recipe, run: Path, *, resume: bool, force: bool) -> None:
         if began != recipe:
             changed = [k for k in Recipe.model_fields if getattr(began, k) != getattr(recipe, k)]
             raise RecipeError(
-                f"the recipe differs from the one this run began with ({file}) in: {', '.join(changed)}; resume with that "
-                "one, or start another run with --output"
+                f"the recipe differs from the one this run began with ({file}) in: {', '.join(changed)}; resume with "
+                "that one, or start another run with --output"
             )
         return
     if force:
@@ -414,7 +417,7 @@ def _open_run(recipe: Recipe, run: Path, *, resume: bool, force: bool) -> None:
 
 def _freeze(model: TokenformerForCausalLM, frozen: list[str]) -> None:
     """Set `requires_grad` of every parameter by whether a name in `frozen` covers it."""
-    groups = [group["name"] for group in model.config.token_groups]
+    groups = [group["name"] for group in model.config.token_groups or []]
     parts = {
         **{name: f".groups.{name}." for name in groups},
         "embedding": "embed_tokens.",
@@ -465,6 +468,3 @@ def _use_bfloat16(precision: str) -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-transformers_logging.set_verbosity_error()

@@ -1,0 +1,5 @@
+"""`python -m tokenformer`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,215 @@
+"""The command line: parse, call one function, print."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(
+    help="Transformers whose parameters are tokens: train one, then make it bigger without losing what it knows.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output.")]
+Checkpoint = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", metavar="CHECKPOINT")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; see `tokenformer recipe --explain`.", metavar="RECIPE")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Run folder.  [default: runs/NAME of the recipe]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run to the same weights.")] = False,
+    force: Force = False,
+) -> None:
+    """Train a recipe: stage after stage, growing in between."""
+    from .progress import TrainingDisplay, quiet_libraries, stage_table
+    from .recipe import load_recipe
+    from .train import train as run
+
+    quiet_libraries()
+    console = Console()
+    folder = output or Path("runs") / recipe.stem
+    content = load_recipe(recipe)
+    try:
+        with TrainingDisplay(console) as display:
+            checkpoints = run(content, folder, resume=resume, force=force, on_event=display)
+    except KeyboardInterrupt:
+        where = f" -o {output}" if output else ""
+        Console(stderr=True).print(
+            f"Interrupted. Continue with: tokenformer train {recipe}{where} --resume", markup=False, soft_wrap=True
+        )
+        raise typer.Exit(130) from None
+    console.print(stage_table((f"{i + 1}", c) for i, c in enumerate(checkpoints)))
+    console.print(f"Final checkpoint: {checkpoints[-1]}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def grow(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new checkpoint.")],
+    preset: Annotated[str | None, typer.Option(help="Grow to the sizes of this preset, such as 354m.")] = None,
+    qkv_param_tokens: Annotated[
+        str | None, typer.Option(help='Query, key, value: a total, or what to add: "+256", "+50%".', metavar="AMOUNT")
+    ] = None,
+    output_param_tokens: Annotated[
+        str | None, typer.Option(help="Attention output, likewise.", metavar="AMOUNT")
+    ] = None,
+    ffn_param_tokens: Annotated[str | None, typer.Option(help="Feed-forward, likewise.", metavar="AMOUNT")] = None,
+    num_hidden_layers: Annotated[str | None, typer.Option(help="Depth, likewise.", metavar="AMOUNT")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the new token group.  [default: grown1, grown2, …]")] = None,
+    seed: Annotated[int, typer.Option(help="Of the new random values.")] = 0,
+    force: Force = False,
+) -> None:
+    """Make a model bigger; its outputs stay bit for bit the same."""
+    import torch
+
+    from .checkpoint import check_target, load_checkpoint, save_checkpoint
+    from .growth.grow import grow as grow_model
+    from .progress import quiet_libraries, stage_table
+
+    quiet_libraries()
+    check_target(output, force=force)
+    model, tokenizer, lineage = load_checkpoint(checkpoint)
+    arguments: dict[str, Any] = {
+        "preset": preset,
+        "qkv_param_tokens": qkv_param_tokens,
+        "output_param_tokens": output_param_tokens,
+        "ffn_param_tokens": ffn_param_tokens,
+        "num_hidden_layers": num_hidden_layers,
+        "name": name,
+    }
+    torch.manual_seed(seed)
+    grow_model(model, **arguments)
+    given = {key: value for key, value in arguments.items() if value is not None}
+    last = lineage.last
+    grown = lineage.then("grow", arguments=given, seed=seed, loss=last.loss, bits_per_byte=last.bits_per_byte)
+    save_checkpoint(output, model, tokenizer, grown, force=force)
+    console = Console()
+    console.print(stage_table([("before", checkpoint), ("after", output)]))
+    console.print(f"Written: {output}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def inspect(checkpoint: Checkpoint) -> None:
+    """Show a checkpoint's token groups, sizes, memory and lineage."""
+    from . import cost
+    from .checkpoint import read_config, verify_checkpoint
+    from .progress import lineage_table, quiet_libraries
+
+    quiet_libraries()
+    config, lineage = read_config(checkpoint), verify_checkpoint(checkpoint)
+    groups = Table(title="Token groups", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("group", "qkv", "output", "ffn", "tokens", "parameters", "MB"):
+        groups.add_column(column, justify="left" if column == "group" else "right")
+    tokens, counts = cost.group_tokens(config), cost.group_parameters(config)
+    for group in config.token_groups or []:
+        n = group["name"]
+        sizes = [str(group[p]) for p in ("qkv", "output", "ffn")]
+        groups.add_row(n, *sizes, f"{tokens[n]:,}", f"{counts[n]:,}", f"{counts[n] * 4 / 1e6:,.1f}")
+    rest = cost.parameters(config) - sum(counts.values())
+    groups.add_row("[i]everything else[/i]", "", "", "", "", f"{rest:,}", f"{rest * 4 / 1e6:,.1f}")
+    console = Console()
+    console.print(
+        f"{checkpoint}: {cost.parameters(config):,} parameters, {config.num_hidden_layers} blocks of width "
+        f"{config.hidden_size}, {config.norm_activation_type}, vocabulary {config.vocab_size:,}",
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"training needs {cost.training_bytes(config) / 1e6:,.0f} MB beside activations (float32, AdamW); generating "
+        f"reads {cost.parameters(config) * 4 / 1e6:,.1f} MB per text token",
+        soft_wrap=True,
+    )
+    console.print(groups)
+    console.print(lineage_table(lineage))
+    console.print(f"weights sha256 {lineage.weights_sha256}")
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; empty starts a document.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Text tokens to write.", min=1)] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest; higher is wilder.", min=0)] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample among this many likeliest; 0 is all.", min=0)] = 50,
+    seed: Annotated[int | None, typer.Option(help="For the same text again.")] = None,
+) -> None:
+    """Continue a text, streaming it as it is written."""
+    import torch
+    from transformers import TextStreamer
+
+    from .checkpoint import load_checkpoint
+    from .errors import TokenizerError
+    from .progress import quiet_libraries
+
+    quiet_libraries()
+    model, tokenizer, _ = load_checkpoint(checkpoint)
+    if tokenizer is None:
+        raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")
+    if seed is not None:
+        torch.manual_seed(seed)
+    ids = [tokenizer.eos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    room = model.config.max_position_embeddings - len(ids)
+    if room < 1:
+        raise TokenizerError(
+            f"the prompt is {len(ids)} text tokens long; the model reads at most {model.config.max_position_embeddings}"
+        )
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    model.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        max_new_tokens=min(max_new_tokens, room),
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampling,
+    )
+
+
+@app.command()
+def recipe(
+    explain: Annotated[bool, typer.Option("--explain", help="Every field with its type, default and meaning.")] = False,
+) -> None:
+    """Print a recipe to start from, and the presets it may name."""
+    from .models.configuration_tokenformer import PRESETS
+    from .recipe import EXAMPLE, fields
+
+    console = Console()
+    if not explain:
+        console.print(EXAMPLE, markup=False, highlight=False)
+        console.print("# presets: " + ", ".join(PRESETS), markup=False, highlight=False, soft_wrap=True)
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("key", "type", "default", "meaning"):
+        table.add_column(column, overflow="fold")
+    for row in fields():
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake gives a message and exit code 2, never a traceback."""
+    from .errors import TokenformerError
+
+    try:
+        app()
+    except TokenformerError as error:
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted.")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
