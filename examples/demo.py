@@ -1,0 +1,163 @@
+"""The main job in a few minutes: train a small TokenFormer on Shakespeare, grow it twice, and doubt it.
+
+Trains recipes/demo.yaml, then the same final size from scratch for the same cumulative FLOPs, and shows both: a table,
+samples, a picture. An interrupted demo continues where it stopped.
+
+    python examples/demo.py                                  everything under runs/demo
+    python examples/demo.py --results benchmarks/results     also write demo.jsonl and demo.png there, for the README
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+from rich.console import Console
+
+from tokenformer import cost
+from tokenformer.checkpoint import read_config, verify_checkpoint
+from tokenformer.errors import TokenformerError
+from tokenformer.progress import TrainingDisplay, growth_line, quiet_libraries, stage_table
+from tokenformer.recipe import Recipe, load_recipe, parse_recipe
+from tokenformer.train import read_log, train
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+PROMPT = "ROMEO"
+
+
+def scratch_recipe(grown: Recipe, final: Path) -> Recipe:
+    """Return the recipe that spends the FLOPs of `final` on a model of its size from the first step on."""
+    config, spent = read_config(final), verify_checkpoint(final).last.training_flops
+    content = grown.model_dump(exclude_unset=True)
+    sizes = ("qkv_param_tokens", "output_param_tokens", "ffn_param_tokens", "num_hidden_layers")
+    content["model"] |= {field: getattr(config, field) for field in sizes}
+    per_token = cost.training_flops(config, grown.training.sequence_length)
+    evaluations = grown.training.evaluations_per_stage * len(grown.stages)
+    content["training"] |= {"evaluations_per_stage": evaluations}
+    content["stages"] = [{"text_tokens": round(spent / per_token)}]
+    return parse_recipe(content)
+
+
+def run(recipe: Recipe, folder: Path, console: Console) -> list[Path]:
+    """Train, or continue, or find finished, showing progress."""
+    with TrainingDisplay(console) as display:
+        return train(recipe, folder, resume=(folder / "recipe.yaml").exists(), on_event=display)
+
+
+def picture(runs: dict[str, Path], target: Path) -> None:
+    """Draw validation loss against cumulative training FLOPs, growth marked, as a PNG."""
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
+    for label, folder in runs.items():
+        events = read_log(folder)
+        points = [(e["training_flops"], e["loss"]) for e in events if e["event"] == "evaluation"]
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+        for e in events:
+            if e["event"] == "growth":
+                axes.axvline(e["training_flops"], color=line.get_color(), linestyle=":", linewidth=1)
+    axes.set(xlabel="cumulative training FLOPs", ylabel="validation loss (nats per text token)")
+    axes.set_title("Shakespeare; dotted: grown, losing nothing")
+    axes.legend()
+    figure.savefig(target)
+    plt.close(figure)
+
+
+def rows(runs: dict[str, list[Path]]) -> list[tuple[str, Path]]:
+    """Label each checkpoint for the table."""
+    return [
+        (f"{name} {i + 1}" if len(checkpoints) > 1 else name, checkpoint)
+        for name, checkpoints in runs.items()
+        for i, checkpoint in enumerate(checkpoints)
+    ]
+
+
+def write_results(runs: dict[str, list[Path]], target: Path) -> None:
+    """Write one JSON line per row of the table, and one per growth."""
+    lines: list[dict[str, Any]] = []
+    for label, checkpoint in rows(runs):
+        config, last = read_config(checkpoint), verify_checkpoint(checkpoint).last
+        facts = last.model_dump(include={"text_tokens_seen", "training_flops", "training_seconds", "loss", "bits_per_byte"})
+        sizes = {"parameters": cost.parameters(config), "parameter_tokens": cost.group_tokens(config)}
+        lines.append({"row": label, **sizes, **facts, "date": last.date, "versions": last.versions})
+    for checkpoints in runs.values():
+        growths = [e for e in read_log(checkpoints[0].parent) if e["event"] == "growth"]
+        keys = ("event", "stage", "loss_before", "loss_after", "logits_equal")
+        lines += [{key: e[key] for key in keys} for e in growths]
+    target.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def sample(checkpoint: Path) -> str:
+    """Let the command line write some text."""
+    command = [sys.executable, "-m", "tokenformer", "generate", str(checkpoint), PROMPT]
+    options = ["--max-new-tokens", "60", "--seed", "0"]
+    return subprocess.run(command + options, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for everything")
+    parser.add_argument("--results", type=Path, help="folder for demo.jsonl and demo.png as well")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="another recipe that grows")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    console = Console()
+    recipe = load_recipe(arguments.recipe)
+    folders = {"grown": arguments.output / "grown", "scratch": arguments.output / "scratch"}
+
+    console.rule("grown: train, grow, train on, grow, train on")
+    grown = run(recipe, folders["grown"], console)
+    console.rule("scratch: the final size from the first step on, for the same cumulative FLOPs")
+    scratch = run(scratch_recipe(recipe, grown[-1]), folders["scratch"], console)
+    runs = {"grown": grown, "scratch": scratch}
+
+    console.rule("samples")
+    for label, checkpoint in (("small", grown[0]), ("grown", grown[-1])):
+        console.print(f"[bold]{label}[/bold]")
+        console.print(sample(checkpoint), markup=False, highlight=False)
+    console.rule("result")
+    for event in read_log(folders["grown"]):
+        if event["event"] == "growth":
+            console.print(growth_line(event))
+    console.print(stage_table(rows(runs)))
+    losses = {name: verify_checkpoint(checkpoints[-1]).last.loss or math.nan for name, checkpoints in runs.items()}
+    difference = losses["grown"] - losses["scratch"]
+    console.print(
+        f"For the same cumulative FLOPs the grown model's validation loss is {abs(difference):.4f} "
+        f"{'lower' if difference < 0 else 'higher'} than the one trained from scratch (one seed)."
+    )
+
+    image = arguments.output / "loss.png"
+    picture(folders, image)
+    if arguments.results:
+        arguments.results.mkdir(parents=True, exist_ok=True)
+        write_results(runs, arguments.results / "demo.jsonl")
+        shutil.copyfile(image, arguments.results / "demo.png")
+    more = arguments.output / "continue.yaml"
+    content = recipe.model_dump(exclude_unset=True)
+    content |= {"model": {"checkpoint": str(grown[-1])}, "stages": [{"ffn_param_tokens": "+50%", "text_tokens": 400_000}]}
+    more.write_text(yaml.safe_dump(content, sort_keys=False))
+    console.print(f"Picture:          {image}", soft_wrap=True)
+    console.print(f"Final checkpoint: {grown[-1]}", soft_wrap=True)
+    console.print(f"Grow it further:  tokenformer train {more}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except TokenformerError as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted; the same command continues.")
+        sys.exit(130)
