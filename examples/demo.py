@@ -86,7 +86,9 @@ def write_results(runs: dict[str, list[Path]], target: Path) -> None:
     lines: list[dict[str, Any]] = []
     for label, checkpoint in rows(runs):
         config, last = read_config(checkpoint), verify_checkpoint(checkpoint).last
-        facts = last.model_dump(include={"text_tokens_seen", "training_flops", "training_seconds", "loss", "bits_per_byte"})
+        facts = last.model_dump(
+            include={"text_tokens_seen", "training_flops", "training_seconds", "loss", "bits_per_byte"}
+        )
         sizes = {"parameters": cost.parameters(config), "parameter_tokens": cost.group_tokens(config)}
         lines.append({"row": label, **sizes, **facts, "date": last.date, "versions": last.versions})
     for checkpoints in runs.values():
@@ -145,7 +147,10 @@ def main() -> None:
         shutil.copyfile(image, arguments.results / "demo.png")
     more = arguments.output / "continue.yaml"
     content = recipe.model_dump(exclude_unset=True)
-    content |= {"model": {"checkpoint": str(grown[-1])}, "stages": [{"ffn_param_tokens": "+50%", "text_tokens": 400_000}]}
+    content |= {
+        "model": {"checkpoint": str(grown[-1])},
+        "stages": [{"ffn_param_tokens": "+50%", "text_tokens": 400_000}],
+    }
     more.write_text(yaml.safe_dump(content, sort_keys=False))
     console.print(f"Picture:          {image}", soft_wrap=True)
     console.print(f"Final checkpoint: {grown[-1]}", soft_wrap=True)

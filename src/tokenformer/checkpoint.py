@@ -20,6 +20,7 @@ from typing import Any
 
 import pydantic
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -125,7 +126,10 @@ def load_checkpoint(
         TokenizerError: the tokenizer has entries the model has no embedding for.
     """
     lineage = verify_checkpoint(path)
-    model, report = TokenformerForCausalLM.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
+    try:
+        model, report = TokenformerForCausalLM.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
+    except RuntimeError as error:  # tensors of other shapes
+        raise CheckpointError(f"checkpoint {path} does not fit its own config.json: {error}") from error
     problems = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if problems:
         raise CheckpointError(f"checkpoint {path} does not fit its own config.json: {problems}")
@@ -136,11 +140,15 @@ def load_tokenizer(path: str | Path, config: TokenformerConfig) -> PreTrainedTok
     """Read the tokenizer kept with a checkpoint, or return None where there is none.
 
     Raises:
+        CheckpointError: it is damaged.
         TokenizerError: it has entries the model has no embedding for.
     """
     if not (Path(path) / "tokenizer_config.json").exists():
         return None
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise CheckpointError(f"checkpoint {path} is damaged: its tokenizer cannot be read: {error}") from error
     if len(tokenizer) > config.vocab_size:
         raise TokenizerError(
             f"the tokenizer in {path} has {len(tokenizer)} entries but the model's embedding only {config.vocab_size}: "
@@ -163,7 +171,7 @@ def read_config(path: str | Path) -> TokenformerConfig:
         if content.get("model_type") != TokenformerConfig.model_type:
             raise CheckpointError(f"checkpoint {path} is a {content.get('model_type')!r} model, not a tokenformer")
         return TokenformerConfig.from_pretrained(path)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {file.name}: {error}") from error
 
 
@@ -221,6 +229,7 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)  # of a killed process of the same number
             temporary.mkdir()
             yield temporary
             for file in temporary.rglob("*"):
@@ -228,11 +237,13 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
                     _sync(file)
             _sync(temporary)
             if path.exists():
+                shutil.rmtree(replaced, ignore_errors=True)  # of a process killed after its two renames
                 path.rename(replaced)
             temporary.rename(path)
             _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        _recover(path)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -267,7 +278,10 @@ def _replaced(path: Path) -> Path:
 def _weight_files(path: Path) -> list[Path]:
     files = sorted(path.glob("*.safetensors"))
     index = path / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {index.name}: {type(error).__name__} {error}") from error
     missing = names - {file.name for file in files}
     if missing:
         raise CheckpointError(f"checkpoint {path} is incomplete: {', '.join(sorted(missing))} missing")

@@ -10,6 +10,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 app = typer.Typer(
@@ -184,17 +185,14 @@ def recipe(
     from .models.configuration_tokenformer import PRESETS
     from .recipe import EXAMPLE, fields
 
-    console = Console()
     if not explain:
-        console.print(EXAMPLE, markup=False, highlight=False)
-        console.print("# presets: " + ", ".join(PRESETS), markup=False, highlight=False, soft_wrap=True)
+        typer.echo(EXAMPLE + "# presets: " + ", ".join(PRESETS))
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("key", "type", "default", "meaning"):
-        table.add_column(column, overflow="fold")
-    for row in fields():
-        table.add_row(*map(escape, row))
-    console.print(table)
+    console = Console()
+    for key, kind, default, meaning in fields():
+        facts = f"{kind}; {default}" if default == "required" else f"{kind}; default {default}" if default else kind
+        console.print(f"[bold]{escape(key)}[/bold]  [dim]{escape(facts)}[/dim]", highlight=False, soft_wrap=True)
+        console.print(Padding(escape(meaning), (0, 0, 0, 4)), highlight=False)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
+import pyarrow
 from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -59,10 +60,12 @@ def load_documents(
         streaming: read on the fly instead of through the cache.
 
     Raises:
-        DataError: nothing there, no text in it, no such column, or a file that is not UTF-8.
+        DataError: nothing there, no text in it, no such column, or a file that is not UTF-8 (found late in a stream).
     """
     sources = [source] if isinstance(source, str) else list(source)
     parts = [part for s in sources for part in _load_source(s, text_column, split, streaming)]
+    if not parts:
+        raise DataError("data.source is an empty list; name a file, a folder or a dataset")
     documents = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if not streaming and not any(text.strip() for text in documents["text"]):
         raise DataError(f"data.source {source!r} has {len(documents)} documents and all are empty")
@@ -72,9 +75,9 @@ def load_documents(
 def hold_out(documents: Documents, *, fraction: float, max_bytes: int | None) -> tuple[Documents, datasets.Dataset]:
     """Split into training and validation documents by the hash of their text; equal texts stay on one side.
 
-    From a dataset, the distinct documents of lowest hash are held out until they make `fraction` of the bytes, and at
-    least one; from a stream, those whose hash, read as a number in [0, 1), is below `fraction`. The validation set is
-    then cut after the document that reaches `max_bytes`, the rest staying out of training.
+    From a dataset, the distinct non-empty documents of lowest hash are held out until they make `fraction` of the
+    bytes, and at least one; from a stream, those whose hash, read as a number in [0, 1), is below `fraction`. The
+    validation set is then cut after the document that reaches `max_bytes`, the rest staying out of training.
 
     Raises:
         DataError: fewer than two distinct documents, or a stream without any to hold out.
@@ -87,14 +90,14 @@ def hold_out(documents: Documents, *, fraction: float, max_bytes: int | None) ->
         return train, datasets.Dataset.from_dict({"text": held})
     hashes = np.array([_hash(text) for text in documents["text"]])
     sizes = np.array([len(text.encode()) for text in documents["text"]])
-    distinct = np.unique(hashes)
+    distinct, inverse = np.unique(hashes[sizes > 0], return_inverse=True)
     if len(distinct) < 2:
         raise DataError(
             f"the data holds {len(distinct)} distinct document, and validation text must be another document than "
             "training text; give more files, or held-out text as data.validation_source"
         )
     limit = fraction * sizes.sum()
-    cumulative = np.cumsum([sizes[hashes == h].sum() for h in distinct[:-1]])
+    cumulative = np.cumsum(np.bincount(inverse, weights=sizes[sizes > 0]))[:-1]
     threshold = distinct[max(1, int(np.searchsorted(cumulative, limit, side="right")))]
     held_indices = np.flatnonzero(hashes < threshold)
     held_indices = held_indices[np.argsort(hashes[held_indices], kind="stable")]
@@ -125,7 +128,7 @@ def make_tokenizer(spec: str, documents: Documents) -> PreTrainedTokenizerBase:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         if kind == "bpe":
-            if not size.isdigit() or int(size) <= len(alphabet):
+            if not size.isdecimal() or int(size) <= len(alphabet):
                 raise TokenizerError(
                     f'tokenizer {spec!r}: write "bpe:N" with N above {len(alphabet)}, such as bpe:4096'
                 )
@@ -175,12 +178,14 @@ def pack(
         return datasets.IterableDataset.from_generator(_blocks, gen_kwargs=arguments)
     identity = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     key = Hasher.hash([documents._fingerprint, identity, tokenizer.eos_token_id, block_length, keep_tail, 1])
-    blocks = datasets.Dataset.from_generator(_blocks, gen_kwargs=arguments, fingerprint=key, features=_FEATURES)
-    if len(blocks) == 0:
+    try:
+        return datasets.Dataset.from_generator(_blocks, gen_kwargs=arguments, fingerprint=key, features=_FEATURES)
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
         raise DataError(
             f"the text is shorter than one block of {block_length} text tokens; give more, or shorter blocks"
-        )
-    return blocks
+        ) from error
 
 
 def training_order(num_blocks: int, start: int, count: int, *, seed: int) -> np.ndarray:
@@ -188,7 +193,7 @@ def training_order(num_blocks: int, start: int, count: int, *, seed: int) -> np.
 
     Every epoch is a permutation drawn from (seed, epoch). int64 `[count]`.
     """
-    epochs = range(start // num_blocks, (start + count - 1) // num_blocks + 1)
+    epochs = range(start // num_blocks, (start + max(count, 1) - 1) // num_blocks + 1)
     order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_blocks) for epoch in epochs])
     first = start - epochs.start * num_blocks
     return order[first : first + count]
@@ -256,6 +261,7 @@ def prepare(
     return TextData(train_blocks, validation_blocks, validation_bytes, tokenizer, facts)
 
 
+_TEXT = datasets.Value("string")
 _FEATURES = datasets.Features({c: datasets.List(datasets.Value("int32")) for c in ("input_ids", "labels")})
 
 
@@ -297,7 +303,9 @@ def _format(file: Path) -> str | None:
 
 def _read_files(kind: str, files: list[Path], source: str, text_column: str, streaming: bool) -> Documents:
     options = {"sample_by": "document"} if kind == "text" else {}
-    names = [str(f) for f in files]
+    names = [glob.escape(str(f)) for f in files if kind == "text" or f.stat().st_size]
+    if not names:
+        raise DataError(f"{source!r} holds no documents")
     try:
         documents = datasets.load_dataset(kind, data_files=names, split="train", streaming=streaming, **options)
     except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
@@ -325,17 +333,36 @@ def _load_named(source: str, path: Path, text_column: str, split: str, streaming
 
 
 def _only_text(documents: Documents, column: str, source: str) -> Documents:
-    columns = documents.column_names or list(next(iter(documents)))
+    columns = documents.column_names or list(next(iter(documents), {}))
+    if not columns:
+        raise DataError(f"{source!r} holds no documents")
     if column not in columns:
         near = difflib.get_close_matches(column, columns, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "; name the one that holds the text as data.text_column"
         raise DataError(f"{source!r} has no column {column!r}, only {', '.join(columns)}{hint}")
     documents = documents.select_columns([column])
-    return documents if column == "text" else documents.rename_column(column, "text")
+    documents = documents if column == "text" else documents.rename_column(column, "text")
+    kind = getattr((documents.features or {}).get("text", _TEXT), "dtype", "lists or mappings")
+    if kind not in ("string", "large_string", "string_view"):
+        raise DataError(f"column {column!r} of {source!r} holds {kind}, not text; name another as data.text_column")
+    if kind != "string":
+        documents = documents.cast_column("text", _TEXT)
+    if isinstance(documents, datasets.Dataset):
+        texts = documents.data.column("text")
+        if texts.null_count:
+            raise DataError(
+                f"{texts.null_count} of the {len(texts)} rows of {source!r} have no {column!r}; leave them out"
+            )
+        try:
+            texts.validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            raise DataError(f"{source!r} is not UTF-8 text: {error}; convert it or leave it out") from error
+    return documents
 
 
 def _hash(text: str) -> float:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    """Return a number in [0, 1), or 1 for an empty text, which is never held out: there is nothing to measure in it."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 if text else 1.0
 
 
 def _is_training(row: dict[str, str], fraction: float) -> bool:

@@ -87,11 +87,15 @@ def growth_line(event: dict[str, Any]) -> str:
 
 
 def stage_table(rows: Iterable[tuple[str, Path]], title: str | None = None) -> Table:
-    """Tabulate checkpoints, (label, folder) each: sizes from configurations, costs and losses from lineage."""
+    """Tabulate checkpoints, (label, folder) each: sizes from configurations, costs and losses from lineage.
+
+    Parameters and text tokens (seen so far) in millions, parameter tokens by group, cumulative training FLOPs and time,
+    validation loss in nats per text token.
+    """
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("stage")
-    for name in ("parameters", "tokens by group", "text tokens", "FLOPs", "time", "val. loss", "bits/byte"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("params", "token groups", "text", "FLOPs", "time", "loss", "bits/byte"):
+        table.add_column(name, justify="right")
     for label, folder in rows:
         table.add_row(label, *_cells(read_config(folder), verify_checkpoint(folder)))
     return table
@@ -115,14 +119,18 @@ def lineage_table(lineage: Lineage) -> Table:
     return table
 
 
+def _millions(number: int) -> str:
+    return f"{number / 1e6:,.2f} M"
+
+
 def _cells(config: Any, lineage: Lineage) -> list[str]:
     last = lineage.last
     groups = cost.group_tokens(config)
     return [
-        f"{cost.parameters(config):,}",
+        _millions(cost.parameters(config)),
         "\n".join(f"{name} {count:,}" for name, count in groups.items()),
-        f"{last.text_tokens_seen:,}",
-        f"{last.training_flops:.2e}",
+        _millions(last.text_tokens_seen),
+        f"{last.training_flops:.2e}".replace("e+", "e"),
         f"{last.training_seconds:.0f} s",
         "–" if last.loss is None else f"{last.loss:.4f}",
         "–" if last.bits_per_byte is None else f"{last.bits_per_byte:.4f}",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import RecipeError
@@ -71,8 +72,8 @@ class ModelSection(_Section):
         given = self.model_dump(exclude={"preset", "checkpoint"}, exclude_none=True)
         try:
             return TokenformerConfig(**{**(PRESETS[self.preset] if self.preset else {}), **derived, **given})
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"model: {error}") from error
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise RecipeError(f"model: {error.__cause__ or error}") from error
 
     @model_validator(mode="after")
     def _known_preset(self) -> ModelSection:
@@ -200,6 +201,13 @@ class Recipe(_Section):
         return self
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads +256 as the text "+256", an addition, where YAML's integers would lose the sign."""
+
+
+_Loader.yaml_implicit_resolvers = {c: r for c, r in yaml.SafeLoader.yaml_implicit_resolvers.items() if c != "+"}
+
+
 def load_recipe(path: str | Path) -> Recipe:
     """Read a YAML recipe.
 
@@ -212,7 +220,7 @@ def load_recipe(path: str | Path) -> Recipe:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise RecipeError(f"cannot read recipe {path}: {reason}") from error
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):

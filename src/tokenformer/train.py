@@ -8,7 +8,6 @@ files alone, so an interrupted run and an uninterrupted one go through the same 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import signal
 import time
@@ -32,13 +31,13 @@ from .errors import CheckpointError, RecipeError
 from .evaluate import Evaluation, evaluate
 from .growth.grow import grow
 from .models.modeling_tokenformer import TokenformerForCausalLM
-from .recipe import Recipe, Stage, parse_recipe
+from .optimization import OptimizerState, freeze, learning_rate, make_optimizer, steps_of
+from .recipe import Recipe, parse_recipe
 
 OPTIMIZER_FILE = "optimizer.pt"
 _COMPLETE = "complete"
 
 OnEvent = Callable[[dict[str, Any]], None]
-OptimizerState = dict[str, dict[str, torch.Tensor]]
 
 
 def train(
@@ -94,28 +93,6 @@ def train(
     return checkpoints
 
 
-def steps_of(stage: Stage, recipe: Recipe) -> int:
-    """Optimizer steps of a stage: its text tokens, rounded up to whole batches."""
-    return math.ceil(stage.text_tokens / (recipe.training.batch_size * recipe.training.sequence_length))
-
-
-def learning_rate(recipe: Recipe, stage: int, step: int) -> float:
-    """Learning rate of optimizer step `step` (from 0) of stage `stage` (from 0)."""
-    t = recipe.training
-    steps = [steps_of(s, recipe) for s in recipe.stages]
-    peak = recipe.stages[stage].learning_rate or t.learning_rate
-    if t.schedule == "cosine":
-        warmup = t.warmup * steps[stage]
-        if step < warmup:
-            return peak * (step + 1) / (warmup + 1)
-        progress = (step - warmup) / max(1.0, steps[stage] - warmup)
-        return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-    total, now = sum(steps), sum(steps[:stage]) + step
-    rise = (now + 1) / (t.warmup * total + 1)
-    fall = (total - now) / max(1.0, t.decay * total)
-    return peak * min(1.0, rise, fall)
-
-
 def read_log(run: str | Path) -> list[dict[str, Any]]:
     """Return the events of a run; a last line cut short by a kill is left out."""
     events = []
@@ -165,6 +142,7 @@ class _StageRun(TrainerCallback):
         self.evaluation_steps = {round(every * (i + 1)) for i in range(recipe.training.evaluations_per_stage)}
         self.bfloat16 = _use_bfloat16(recipe.training.precision)
         self.flops_per_step = 0.0
+        self.evaluation: Evaluation | None = None
         self.interrupted = False
 
     def run(self, previous: str | Path | None, target: Path) -> None:
@@ -177,7 +155,7 @@ class _StageRun(TrainerCallback):
         self.clock = time.perf_counter() - max(spent, self.lineage.last.training_seconds)
         if self.stage.growth:
             states = self._grow(states, quiet=done > 0)
-        _freeze(self.model, self.stage.frozen)
+        freeze(self.model, self.stage.frozen)
         self.flops_per_step = self.tokens_per_step * cost.training_flops(
             self.model.config,
             self.recipe.training.sequence_length,
@@ -185,7 +163,7 @@ class _StageRun(TrainerCallback):
         )
         arguments = self._arguments(partial)
         self.model.to(arguments.device)
-        optimizer = _make_optimizer(self.model, self.recipe, states)
+        optimizer = make_optimizer(self.model, self.recipe, states)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate(self.recipe, self.index, min(step, self.steps - 1))
         )
@@ -319,10 +297,9 @@ class _StageRun(TrainerCallback):
         self._emit("progress", state.global_step)
         if state.global_step in self.evaluation_steps:
             started = time.perf_counter()
-            self.evaluation = self._evaluate(self.model)
+            evaluation = self.evaluation = self._evaluate(self.model)
             self.clock += time.perf_counter() - started
-            names = {"eval_loss": self.evaluation.loss, "eval_bits_per_byte": self.evaluation.bits_per_byte}
-            self.trainer.log(names)
+            self.trainer.log({"eval_loss": evaluation.loss, "eval_bits_per_byte": evaluation.bits_per_byte})
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
@@ -341,6 +318,9 @@ class _StageRun(TrainerCallback):
     def _finish(self, target: Path, optimizer: torch.optim.Optimizer, states: OptimizerState) -> None:
         names = {id(p): name for name, p in self.model.named_parameters()}
         states = {**states, **{names[id(p)]: dict(state) for p, state in optimizer.state.items()}}
+        # None after resuming from the last step, which was evaluated before it was saved.
+        evaluation = self.evaluation or self._evaluate(self.model)
+        results = {"loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte}
         lineage = self.lineage
         if self.stage.growth:
             lineage = lineage.then("grow", arguments=self.stage.growth, seed=self.recipe.seed)
@@ -354,8 +334,7 @@ class _StageRun(TrainerCallback):
             text_tokens_seen=last.text_tokens_seen + self.steps * self.tokens_per_step,
             training_flops=last.training_flops + self.steps * self.flops_per_step,
             training_seconds=time.perf_counter() - self.clock,
-            loss=self.evaluation.loss,
-            bits_per_byte=self.evaluation.bits_per_byte,
+            **results,
         )
         if self.log.enabled:
             self.model.to("cpu")
@@ -367,7 +346,7 @@ class _StageRun(TrainerCallback):
                 extra=lambda folder: torch.save(states, folder / OPTIMIZER_FILE),
             )
         PartialState().wait_for_everyone()
-        self._emit("end", self.steps, loss=self.evaluation.loss, bits_per_byte=self.evaluation.bits_per_byte)
+        self._emit("end", self.steps, **results)
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -401,6 +380,8 @@ def _open_run(recipe: Recipe, run: Path, *, resume: bool, force: bool) -> None:
                 f"the recipe differs from the one this run began with ({file}) in: {', '.join(changed)}; resume with "
                 "that one, or start another run with --output"
             )
+        for left_by_a_kill in run.glob(".stage*.tmp"):
+            shutil.rmtree(left_by_a_kill)
         return
     if force:
         shutil.rmtree(run, ignore_errors=True)
@@ -413,42 +394,6 @@ def _open_run(recipe: Recipe, run: Path, *, resume: bool, force: bool) -> None:
         temporary = run / "recipe.tmp"
         temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
         temporary.replace(file)
-
-
-def _freeze(model: TokenformerForCausalLM, frozen: list[str]) -> None:
-    """Set `requires_grad` of every parameter by whether a name in `frozen` covers it."""
-    groups = [group["name"] for group in model.config.token_groups or []]
-    parts = {
-        **{name: f".groups.{name}." for name in groups},
-        "embedding": "embed_tokens.",
-        "final_norm": "model.norm.",
-        "linear_maps": ".linear.",
-    }
-    unknown = [name for name in frozen if name not in parts]
-    if unknown:
-        raise RecipeError(f"frozen names {', '.join(map(repr, unknown))}; this model has {', '.join(parts)}")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(parts[part] in name for part in frozen))
-    if not any(p.requires_grad for p in model.parameters()):
-        raise RecipeError(f"frozen {', '.join(frozen)} leaves nothing to train")
-
-
-def _make_optimizer(model: TokenformerForCausalLM, recipe: Recipe, states: OptimizerState) -> torch.optim.Optimizer:
-    """AdamW over what trains, each parameter with the state it had in an earlier stage, if it had one."""
-    t = recipe.training
-    training = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = [
-        {"params": [p for p in training.values() if p.dim() >= 2], "weight_decay": t.weight_decay},
-        {"params": [p for p in training.values() if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    # The schedule multiplies lr = 1: it returns learning rates, not factors.
-    optimizer = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=1.0, betas=(t.beta1, t.beta2), eps=1e-8, fused=True
-    )
-    for name, p in training.items():
-        if name in states:
-            optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in states[name].items()}
-    return optimizer
 
 
 def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
