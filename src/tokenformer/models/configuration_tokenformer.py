@@ -146,7 +146,7 @@ class TokenformerConfig(PreTrainedConfig):
                     if group[projection]:
                         plan[f"{prefix}.groups.{group['name']}.keys"] = "colwise"
                         plan[f"{prefix}.groups.{group['name']}.values"] = "rowwise"
-                        plan[f"{prefix}.sum_of_squares"] = "all_reduce"
+                        plan[f"{prefix}.sum_of_squares"] = "tokenformer_sum_of_squares"
         return plan
 
     @classmethod

@@ -11,8 +11,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -29,6 +31,22 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tokenformer import PROJECTIONS, TokenformerConfig
 from .pattention import Pattention
+
+
+class SumOfSquaresParallel(TensorParallelLayer):
+    """Tensor-parallel style that adds a module's output up over the processes, and its gradient as well.
+
+    transformers' "all_reduce" takes the gradient as equal everywhere; that of a norm is not, for each process scales
+    only its own tokens by it.
+    """
+
+    def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: object) -> Tensor:
+        """Map this process's sum, `[*, 1]`, to that of all processes."""
+        total = DTensor.from_local(output, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()])
+        return total.to_local(grad_placements=[Partial()])
+
+
+ALL_PARALLEL_STYLES.register("tokenformer_sum_of_squares", SumOfSquaresParallel())
 
 
 def make_pattention(config: TokenformerConfig, projection: str) -> Pattention:
