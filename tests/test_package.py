@@ -16,7 +16,7 @@ ROOT = Path(tokenformer.__file__).parent
 LAYERS = [
     {"errors", "models.pattention", "models.configuration_tokenformer", "models.modeling_tokenformer", "models"},
     {"growth", "growth.grow", "cost"},
-    {"recipe", "checkpoint"},
+    {"recipe", "checkpoint", "sources"},
     {"data", "evaluate", "optimization"},
     {"train"},
     {"progress"},

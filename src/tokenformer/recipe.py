@@ -188,7 +188,7 @@ class Recipe(_Section):
     """How to train."""
     stages: list[Stage] = Field(min_length=1)
     """Growth stages in order."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Decides initial weights, hold-out order of the text and everything else random."""
 
     @model_validator(mode="after")

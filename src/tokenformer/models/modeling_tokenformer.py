@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -40,7 +41,7 @@ class SumOfSquaresParallel(TensorParallelLayer):
     only its own tokens by it.
     """
 
-    def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: object) -> Tensor:
+    def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
         """Map this process's sum, `[*, 1]`, to that of all processes."""
         total = DTensor.from_local(output, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()])
         return total.to_local(grad_placements=[Partial()])
