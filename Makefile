@@ -27,8 +27,10 @@ demo: install
 	$(BIN)/python examples/demo.py
 
 benchmark: install
+	$(BIN)/python examples/demo.py --results benchmarks/results
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/readme.py
 
 clean:
 	rm -rf .venv runs build dist

@@ -222,3 +222,11 @@ def test_add_group_errors():
         layer.add_group("base", 3)
     with pytest.raises(ValueError, match="at least one"):
         layer.add_group("new", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_inference_gives_the_bits_of_training(dtype):
+    layer, x = layer_and_input(dtype, n_rows=600)
+    with torch.no_grad():
+        inference = layer(x)
+    assert torch.equal(inference, layer(x).detach())

@@ -235,7 +235,10 @@ class Pattention(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, tensors = x.to(dtype), [t.to(dtype) for t in tensors]
-        return _FusedPattention.apply(x, self.tau, self.eps, *tensors)
+        assert self.tau is not None
+        if torch.is_grad_enabled():
+            return _FusedPattention.apply(x, self.tau, self.eps, *tensors)
+        return _weigh_in_place(x, tensors[::2], tensors[1::2], self.tau, self.eps)
 
     def _can_fuse(self) -> bool:
         """Reading the weights is right only while every map is a plain, unhooked nn.Linear; compilers fuse better."""
@@ -277,6 +280,18 @@ def check_group(name: str, num_tokens: int) -> None:
         )
     if num_tokens < 0:
         raise ValueError(f"token group {name!r} cannot have {num_tokens} parameter tokens")
+
+
+def _weigh_in_place(x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], tau: float, eps: float) -> Tensor:
+    """l2_norm_gelu where nothing is kept for backward: one N-wide tensor a group, the same bits as in training."""
+    scores = [F.linear(x, k) for k in keys]
+    scale = torch.rsqrt(_sum_of_squares(scores) + eps) * tau
+    for s in scores:
+        F.gelu(s.mul_(scale), out=s)  # type: ignore[call-arg]
+    out = F.linear(scores[0], values[0])
+    for s, v in zip(scores[1:], values[1:], strict=True):
+        out += F.linear(s, v)
+    return out
 
 
 class _FusedPattention(torch.autograd.Function):
@@ -371,5 +386,5 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         and not (
             module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         )
-        and all(type(p) in (nn.Parameter, Tensor) for p in module.parameters())
+        and all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
     )
