@@ -94,6 +94,7 @@ def test_grow_keeps_the_logits_and_extends_the_lineage(run, checkpoint, tmp_path
     ids = torch.tensor([tokenizer("the quick brown")["input_ids"]])
     assert torch.equal(old(ids).logits, new(ids).logits)
     assert new.config.ffn_param_tokens == 72 and new.config.token_groups[-1]["name"] == "extra"
+    assert (tmp_path / "new" / "optimizer.pt").stat().st_size == (checkpoint / "optimizer.pt").stat().st_size
     assert lineage.last.operation == "grow" and lineage.last.parent == verify_checkpoint(checkpoint).weights_sha256
     code, _, err = run("grow", checkpoint, "-o", tmp_path / "new", "--ffn-param-tokens", "+1")
     assert code == 2 and "exists already" in err and "--force" in err

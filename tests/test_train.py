@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tokenformer.checkpoint import load_checkpoint, verify_checkpoint
 from tokenformer.cost import training_flops
-from tokenformer.errors import CheckpointError, RecipeError
+from tokenformer.errors import CheckpointError, RecipeError, TokenizerError
 from tokenformer.optimization import learning_rate, steps_of
 from tokenformer.recipe import parse_recipe
 from tokenformer.train import OPTIMIZER_FILE, read_log, train
@@ -217,6 +217,27 @@ def test_a_later_recipe_continues_from_a_checkpoint_with_its_optimizer(finished,
     assert lineage.last.text_tokens_seen == 3 * 11 * 128 + 256 and len(lineage.history) == 7
     state = torch.load(last / OPTIMIZER_FILE, weights_only=True)
     assert state["model.embed_tokens.weight"]["step"].item() == 24
+
+
+def test_a_checkpoint_without_a_tokenizer_needs_one_that_fits(finished, content, tmp_path):
+    shutil.copytree(finished[1][-1], tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("tokenizer*"):
+        file.unlink()
+    more = copy.deepcopy(content)
+    more |= {"model": {"checkpoint": str(tmp_path / "bare")}, "stages": [{"text_tokens": 256}]}
+    assert train(parse_recipe(more), tmp_path / "same")
+    more["data"]["tokenizer"] = "bpe:300"
+    with pytest.raises(TokenizerError, match=r"bpe:300 has 300 entries, the embedding of .*bare, .* 257: name the one"):
+        train(parse_recipe(more), tmp_path / "other")
+
+
+def test_a_damaged_optimizer_is_named(finished, content, tmp_path):
+    shutil.copytree(finished[1][-1], tmp_path / "c")
+    file = tmp_path / "c" / OPTIMIZER_FILE
+    file.write_bytes(file.read_bytes()[:1000])
+    more = {**copy.deepcopy(content), "model": {"checkpoint": str(tmp_path / "c")}, "stages": [{"text_tokens": 256}]}
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt: .*; delete it to start the optimizer afresh"):
+        train(parse_recipe(more), tmp_path / "run")
 
 
 def test_streaming_trains_and_resumes_to_the_same_bits(content, tmp_path):

@@ -76,7 +76,7 @@ def grow(
     import torch
 
     from .checkpoint import check_target, load_checkpoint, save_checkpoint
-    from .growth.grow import grow as grow_model
+    from .optimization import OPTIMIZER_FILE, grow_with_states, load_states
     from .progress import quiet_libraries, stage_table
 
     quiet_libraries()
@@ -91,11 +91,16 @@ def grow(
         "name": name,
     }
     torch.manual_seed(seed)
-    grow_model(model, **arguments)
+    states = grow_with_states(model, load_states(checkpoint), **arguments)
     given = {key: value for key, value in arguments.items() if value is not None}
     last = lineage.last
     grown = lineage.then("grow", arguments=given, seed=seed, loss=last.loss, bits_per_byte=last.bits_per_byte)
-    save_checkpoint(output, model, tokenizer, grown, force=force)
+
+    def keep_states(folder: Path) -> None:
+        if states:
+            torch.save(states, folder / OPTIMIZER_FILE)
+
+    save_checkpoint(output, model, tokenizer, grown, force=force, extra=keep_states)
     console = Console()
     console.print(stage_table([("before", checkpoint), ("after", output)]))
     console.print(f"Written: {output}", markup=False, soft_wrap=True)

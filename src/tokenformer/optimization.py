@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import pickle
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from .errors import RecipeError
+from .errors import CheckpointError, RecipeError
+from .growth.grow import grow
 from .models.modeling_tokenformer import TokenformerForCausalLM
 from .recipe import Recipe, Stage
 
+OPTIMIZER_FILE = "optimizer.pt"
 OptimizerState = dict[str, dict[str, torch.Tensor]]
 
 
@@ -51,6 +56,36 @@ def freeze(model: TokenformerForCausalLM, frozen: list[str]) -> None:
         parameter.requires_grad_(not any(parts[part] in name for part in frozen))
     if not any(p.requires_grad for p in model.parameters()):
         raise RecipeError(f"frozen {', '.join(frozen)} leaves nothing to train")
+
+
+def load_states(checkpoint: str | Path) -> OptimizerState:
+    """Read the optimizer's states by parameter name; none where the checkpoint came without.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = Path(checkpoint) / OPTIMIZER_FILE
+    if not file.exists():
+        return {}
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"checkpoint {checkpoint} is damaged: {OPTIMIZER_FILE}: {reason}; delete it to start the optimizer afresh"
+        ) from error
+
+
+def grow_with_states(model: TokenformerForCausalLM, states: OptimizerState, **growth: Any) -> OptimizerState:
+    """Grow `model` in place, and return `states` under the names that growing gave their parameters.
+
+    Raises:
+        GrowthError: as `grow`.
+    """
+    before = {id(p): name for name, p in model.named_parameters()}
+    grow(model, **growth)
+    names = {before[id(p)]: name for name, p in model.named_parameters() if id(p) in before}
+    return {names[name]: state for name, state in states.items()}
 
 
 def make_optimizer(model: TokenformerForCausalLM, recipe: Recipe, states: OptimizerState) -> torch.optim.Optimizer:

@@ -92,7 +92,7 @@ def stage_table(rows: Iterable[tuple[str, Path]], title: str | None = None) -> T
     Parameters and text tokens (seen so far) in millions, parameter tokens by group, cumulative training FLOPs and time,
     validation loss in nats per text token.
     """
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("stage")
     for name in ("params", "token groups", "text", "FLOPs", "time", "loss", "bits/byte"):
         table.add_column(name, justify="right")

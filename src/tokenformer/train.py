@@ -25,16 +25,31 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from . import cost
-from .checkpoint import Lineage, check_target, disk_errors, load_checkpoint, save_checkpoint
+from .checkpoint import (
+    Lineage,
+    check_target,
+    disk_errors,
+    load_checkpoint,
+    load_tokenizer,
+    read_config,
+    save_checkpoint,
+)
 from .data import TextData, prepare, training_order
-from .errors import CheckpointError, RecipeError
+from .errors import CheckpointError, RecipeError, TokenizerError
 from .evaluate import Evaluation, evaluate
-from .growth.grow import grow
 from .models.modeling_tokenformer import TokenformerForCausalLM
-from .optimization import OptimizerState, freeze, learning_rate, make_optimizer, steps_of
+from .optimization import (
+    OPTIMIZER_FILE,
+    OptimizerState,
+    freeze,
+    grow_with_states,
+    learning_rate,
+    load_states,
+    make_optimizer,
+    steps_of,
+)
 from .recipe import Recipe, parse_recipe
 
-OPTIMIZER_FILE = "optimizer.pt"
 _COMPLETE = "complete"
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -73,13 +88,19 @@ def train(
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
     log = _Log(run / "log.jsonl", on_event if main_process else lambda event: None, enabled=main_process)
-    initial = load_checkpoint(recipe.model.checkpoint) if recipe.model.checkpoint is not None else None
+    initial = recipe.model.checkpoint
+    config = read_config(initial) if initial is not None else None
     with PartialState().main_process_first():
         data = prepare(
             recipe.data,
             sequence_length=recipe.training.sequence_length,
             tokenizer_folder=run / "tokenizer",
-            tokenizer=initial[1] if initial is not None else None,
+            tokenizer=load_tokenizer(initial, config) if initial is not None and config is not None else None,
+        )
+    if config is not None and len(data.tokenizer) > config.vocab_size:
+        raise TokenizerError(
+            f"tokenizer {recipe.data.tokenizer} has {len(data.tokenizer)} entries, the embedding of {initial}, which "
+            f"came without a tokenizer, {config.vocab_size}: name the one it was trained with as data.tokenizer"
         )
     if not resume:
         log.write({"event": "data", **data.facts})
@@ -198,8 +219,10 @@ class _StageRun(TrainerCallback):
             )
             return TokenformerForCausalLM(config), {}, Lineage()
         model, _, lineage = load_checkpoint(previous, dtype=torch.float32)
-        file = Path(previous) / OPTIMIZER_FILE
-        return model, torch.load(file, weights_only=True) if file.exists() else {}, lineage
+        model.config.max_position_embeddings = max(
+            model.config.max_position_embeddings, self.recipe.training.sequence_length
+        )
+        return model, load_states(previous), lineage
 
     def _grow(self, states: OptimizerState, *, quiet: bool) -> OptimizerState:
         """Grow, say what it did to the logits and the loss, and rename the optimizer's states along."""
@@ -209,8 +232,7 @@ class _StageRun(TrainerCallback):
         sample = torch.tensor(self.data.validation_blocks[:4]["input_ids"])
         with torch.no_grad():
             logits = model(sample, use_cache=False).logits
-            parents = {id(p): name for name, p in model.named_parameters()}
-            grow(model, **self.stage.growth)
+            states = grow_with_states(model, states, **self.stage.growth)
             equal = torch.equal(model(sample, use_cache=False).logits, logits)
         if not quiet:
             after = self._evaluate(model).loss
@@ -224,8 +246,7 @@ class _StageRun(TrainerCallback):
                 loss_after=after,
                 logits_equal=equal,
             )
-        names = {parents[id(p)]: name for name, p in model.named_parameters() if id(p) in parents}
-        return {names[name]: state for name, state in states.items()}
+        return states
 
     def _arguments(self, partial: Path) -> TrainingArguments:
         t = self.recipe.training

@@ -140,7 +140,7 @@ def _insert_blocks(model: TokenformerPreTrainedModel, total: int) -> None:
         blocks.append(block)
         copies = (i + 1) * (total - len(old)) // len(old) - i * (total - len(old)) // len(old)
         for _ in range(copies):
-            new = copy.deepcopy(block)
+            new = copy.deepcopy(block).requires_grad_()
             new.zero_grad(set_to_none=True)
             for name in (*PROJECTIONS["output"], *PROJECTIONS["ffn"]):
                 layer = new.get_submodule(name)
