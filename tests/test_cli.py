@@ -136,7 +136,7 @@ def edit(file, **sections):
     [
         ({"training": {"lerning_rate": 1}}, "unknown key 'training.lerning_rate'; did you mean 'learning_rate'?"),
         ({"stages": [{"text_tokens": 9, "ffn_parm_tokens": 3}]}, "'stages.0.ffn_parm_tokens'; did you mean 'ffn_param"),
-        ({"data": {"source": "no/such/file.txt"}}, "no/such/file.txt' is no file or folder (looked at /"),
+        ({"data": {"source": "no/such/file.txt"}}, "'no/such/file.txt': there is no file or folder /"),
         ({"data": {"text_column": "body", "source": "rows.jsonl"}}, "no column 'body', only text"),
         ({"data": {"tokenizer": "bpe:100"}}, 'write "bpe:N" with N above 256'),
         ({"training": {"sequence_length": 100_000}}, "shorter than one block of 100000 text tokens"),

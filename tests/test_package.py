@@ -18,6 +18,7 @@ LAYERS = [
     {"growth", "growth.grow", "cost"},
     {"recipe", "checkpoint", "sources"},
     {"data", "evaluate", "optimization"},
+    {"preparation"},
     {"train"},
     {"progress"},
     {"cli"},

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tokenformer.checkpoint import load_checkpoint, verify_checkpoint
 from tokenformer.cost import training_flops
-from tokenformer.errors import CheckpointError, RecipeError, TokenizerError
+from tokenformer.errors import CheckpointError, DataError, GrowthError, RecipeError, TokenizerError
 from tokenformer.optimization import learning_rate, steps_of
 from tokenformer.recipe import parse_recipe
 from tokenformer.train import OPTIMIZER_FILE, read_log, train
@@ -160,8 +160,6 @@ def test_killed_at_any_moment_resumes_to_the_same_bits(finished, content, tmp_pa
     recipe, folder, kills = parse_recipe(content), tmp_path / "run", 0
     while not run_and_kill(recipe, folder, finished[3] * dice.uniform(0.05, 0.3 + kills / 20)):
         kills += 1
-        if folder.exists() and not (folder / "recipe.yaml").exists():
-            shutil.rmtree(folder)  # killed before the run had begun
     assert kills >= 2
     for mine, theirs in zip(sorted(folder.glob("stage?")), finished[1], strict=True):
         assert weights(mine) == weights(theirs)
@@ -280,6 +278,26 @@ def test_recipes_that_cannot_be_trained(content, tmp_path, change, message):
         merged["training"] = {**content["training"], **change["training"]}
     with pytest.raises(RecipeError, match=message):
         train(parse_recipe(merged), tmp_path / "run")
+
+
+def test_a_mistake_in_a_later_stage_is_found_at_once_and_leaves_nothing_behind(content, tmp_path):
+    wrong = copy.deepcopy(content)
+    wrong["stages"][2]["frozen"] = ["mroe"]
+    with pytest.raises(RecipeError, match=r"stages\.2: frozen names 'mroe'; this model has base, more, grown1"):
+        train(parse_recipe(wrong), tmp_path / "run")
+    wrong["stages"][2] = {"text_tokens": 9, "ffn_param_tokens": 40}
+    with pytest.raises(GrowthError, match=r"stages\.2: ffn_param_tokens asked 40, found 48"):
+        train(parse_recipe(wrong), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_force_that_fails_leaves_the_old_run(finished, content, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    wrong = {**content, "data": {**content["data"], "source": str(tmp_path / "none.txt")}}
+    with pytest.raises(DataError, match="no file or folder"):
+        train(parse_recipe(wrong), tmp_path / "run", force=True)
+    assert train(parse_recipe(content), tmp_path / "run", resume=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def schedule(content, **training):

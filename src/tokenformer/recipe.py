@@ -144,7 +144,7 @@ class TrainingSection(_Section):
     report_to: list[str] = []
     """Where else to log, in transformers' names: "tensorboard", "wandb", …."""
     training_arguments: dict[str, Any] = {}
-    """Further fields of transformers.TrainingArguments, for example {torch_compile: true}, {fsdp: full_shard}."""
+    """Further fields of transformers.TrainingArguments, for example {gradient_checkpointing: true}."""
 
 
 class Stage(_Section):

@@ -12,30 +12,25 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from torch.utils.data import Subset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from . import cost
 from .checkpoint import (
     Lineage,
-    check_target,
     disk_errors,
     load_checkpoint,
-    load_tokenizer,
-    read_config,
     save_checkpoint,
 )
-from .data import TextData, prepare, training_order
-from .errors import CheckpointError, RecipeError, TokenizerError
+from .data import TextData, training_order
 from .evaluate import Evaluation, evaluate
 from .models.modeling_tokenformer import TokenformerForCausalLM
 from .optimization import (
@@ -48,7 +43,8 @@ from .optimization import (
     make_optimizer,
     steps_of,
 )
-from .recipe import Recipe, parse_recipe
+from .preparation import check_resumable, first_config, new_run, prepare_run, training_arguments, use_bfloat16
+from .recipe import Recipe
 
 _COMPLETE = "complete"
 
@@ -81,27 +77,14 @@ def train(
         KeyboardInterrupt: after Ctrl-C, once the state is saved (a second Ctrl-C leaves at once).
     """
     run = Path(folder)
-    main_process = PartialState().is_main_process
-    if main_process:
-        _open_run(recipe, run, resume=resume, force=force)
-    PartialState().wait_for_everyone()
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
+    main_process = PartialState().is_main_process
+    if resume:
+        check_resumable(recipe, run)
+    with nullcontext() if resume or not main_process else new_run(recipe, run, force=force):
+        data = prepare_run(recipe, run)
     log = _Log(run / "log.jsonl", on_event if main_process else lambda event: None, enabled=main_process)
-    initial = recipe.model.checkpoint
-    config = read_config(initial) if initial is not None else None
-    with PartialState().main_process_first():
-        data = prepare(
-            recipe.data,
-            sequence_length=recipe.training.sequence_length,
-            tokenizer_folder=run / "tokenizer",
-            tokenizer=load_tokenizer(initial, config) if initial is not None and config is not None else None,
-        )
-    if config is not None and len(data.tokenizer) > config.vocab_size:
-        raise TokenizerError(
-            f"tokenizer {recipe.data.tokenizer} has {len(data.tokenizer)} entries, the embedding of {initial}, which "
-            f"came without a tokenizer, {config.vocab_size}: name the one it was trained with as data.tokenizer"
-        )
     if not resume:
         log.write({"event": "data", **data.facts})
     checkpoints: list[Path] = []
@@ -161,7 +144,7 @@ class _StageRun(TrainerCallback):
         self.tokens_per_step = recipe.training.batch_size * recipe.training.sequence_length
         every = self.steps / recipe.training.evaluations_per_stage
         self.evaluation_steps = {round(every * (i + 1)) for i in range(recipe.training.evaluations_per_stage)}
-        self.bfloat16 = _use_bfloat16(recipe.training.precision)
+        self.bfloat16 = use_bfloat16(recipe.training.precision)
         self.flops_per_step = 0.0
         self.evaluation: Evaluation | None = None
         self.interrupted = False
@@ -182,7 +165,7 @@ class _StageRun(TrainerCallback):
             self.recipe.training.sequence_length,
             frozen_parameters=sum(p.numel() for p in self.model.parameters() if not p.requires_grad),
         )
-        arguments = self._arguments(partial)
+        arguments = training_arguments(self.recipe, partial, steps=self.steps)
         self.model.to(arguments.device)
         optimizer = make_optimizer(self.model, self.recipe, states)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -210,14 +193,7 @@ class _StageRun(TrainerCallback):
         """Build what this stage starts from, out of files and seeds alone."""
         torch.manual_seed(self.recipe.seed * 1000 + self.index)
         if previous is None:
-            tokenizer = self.data.tokenizer
-            config = self.recipe.model.config(
-                vocab_size=len(tokenizer),
-                max_position_embeddings=self.recipe.training.sequence_length,
-                eos_token_id=tokenizer.eos_token_id,
-                bos_token_id=tokenizer.eos_token_id,
-            )
-            return TokenformerForCausalLM(config), {}, Lineage()
+            return TokenformerForCausalLM(first_config(self.recipe, self.data)), {}, Lineage()
         model, _, lineage = load_checkpoint(previous, dtype=torch.float32)
         model.config.max_position_embeddings = max(
             model.config.max_position_embeddings, self.recipe.training.sequence_length
@@ -247,42 +223,6 @@ class _StageRun(TrainerCallback):
                 logits_equal=equal,
             )
         return states
-
-    def _arguments(self, partial: Path) -> TrainingArguments:
-        t = self.recipe.training
-        processes = PartialState().num_processes
-        micro = t.micro_batch_size or max(1, t.batch_size // processes)
-        if t.batch_size % (micro * processes):
-            raise RecipeError(
-                f"training.batch_size {t.batch_size} is not a multiple of micro_batch_size {micro} × {processes} "
-                "processes; change one of them"
-            )
-        ours: dict[str, Any] = {
-            "output_dir": str(partial),
-            "max_steps": self.steps,
-            "per_device_train_batch_size": micro,
-            "gradient_accumulation_steps": t.batch_size // (micro * processes),
-            "max_grad_norm": t.max_grad_norm,
-            "bf16": self.bfloat16,
-            "use_cpu": not torch.accelerator.is_available(),
-            "save_strategy": "steps",
-            "save_steps": t.save_every,
-            "save_total_limit": 2,
-            "logging_steps": t.log_every,
-            "report_to": t.report_to,
-            "train_sampling_strategy": "sequential",
-            "remove_unused_columns": False,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            "disable_tqdm": True,
-            "seed": self.recipe.seed,
-        }
-        taken = sorted(ours.keys() & t.training_arguments.keys())
-        if taken:
-            raise RecipeError(f"training.training_arguments sets {', '.join(taken)}, which other recipe fields decide")
-        try:
-            return TrainingArguments(**ours, **t.training_arguments)
-        except (TypeError, ValueError) as error:
-            raise RecipeError(f"training.training_arguments: {error}") from error
 
     def _blocks(self) -> Any:
         """Take the stage's stretch of the one global order of text."""
@@ -388,35 +328,6 @@ class _StageRun(TrainerCallback):
             signal.signal(signal.SIGINT, old)
 
 
-def _open_run(recipe: Recipe, run: Path, *, resume: bool, force: bool) -> None:
-    file = run / "recipe.yaml"
-    content = recipe.model_dump(exclude_unset=True)
-    if resume:
-        if not file.exists():
-            raise CheckpointError(f"nothing to resume: {run} holds no run; start it without --resume")
-        began = parse_recipe(yaml.safe_load(file.read_text()), where=str(file))
-        if began != recipe:
-            changed = [k for k in Recipe.model_fields if getattr(began, k) != getattr(recipe, k)]
-            raise RecipeError(
-                f"the recipe differs from the one this run began with ({file}) in: {', '.join(changed)}; resume with "
-                "that one, or start another run with --output"
-            )
-        for left_by_a_kill in run.glob(".stage*.tmp"):
-            shutil.rmtree(left_by_a_kill)
-        return
-    if force:
-        shutil.rmtree(run, ignore_errors=True)
-    elif run.exists():
-        hint = "--resume to continue it, " if file.exists() else ""
-        raise CheckpointError(f"{run} exists already; {hint}--force to replace it, or --output for another place")
-    check_target(run, force=force)
-    with disk_errors(run):
-        run.mkdir(parents=True)
-        temporary = run / "recipe.tmp"
-        temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-        temporary.replace(file)
-
-
 def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     input_ids = torch.tensor([row["input_ids"] for row in rows])
     return {"input_ids": input_ids, "labels": input_ids}
@@ -425,12 +336,3 @@ def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 def _newest_complete(partial: Path) -> Path | None:
     whole = [p.parent for p in partial.glob(f"checkpoint-*/{_COMPLETE}")]
     return max(whole, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
-
-
-def _use_bfloat16(precision: str) -> bool:
-    """Whether to compute in bfloat16: on "auto" only with units for it, since CPUs without emulate it slowly."""
-    if precision != "auto":
-        return precision == "bfloat16"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

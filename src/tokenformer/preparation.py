@@ -1,0 +1,151 @@
+"""What happens before the first step: the run folder, the text, and a rehearsal of every stage."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from transformers import TrainingArguments
+
+from .checkpoint import check_target, disk_errors, load_tokenizer, read_config
+from .data import TextData, prepare
+from .errors import CheckpointError, GrowthError, RecipeError, TokenizerError
+from .growth.grow import grow
+from .models.configuration_tokenformer import TokenformerConfig
+from .models.modeling_tokenformer import TokenformerForCausalLM
+from .optimization import freeze
+from .recipe import Recipe, parse_recipe
+
+
+@contextmanager
+def new_run(recipe: Recipe, run: Path, *, force: bool) -> Iterator[None]:
+    """Make the run folder; if preparing the run fails, it vanishes again, and what it was to replace comes back."""
+    check_target(run, force=True)
+    if run.exists() and not force:
+        hint = "--resume to continue it, " if (run / "recipe.yaml").exists() else ""
+        raise CheckpointError(f"{run} exists already; {hint}--force to replace it, or --output for another place")
+    with ExitStack() as undo, disk_errors(run):
+        replaced = run.with_name(f".{run.name}.replaced")
+        fresh = run.with_name(f".{run.name}.{os.getpid()}.tmp")
+        fresh.mkdir(parents=True)
+        undo.callback(shutil.rmtree, fresh, ignore_errors=True)
+        content = recipe.model_dump(exclude_unset=True)
+        (fresh / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        if run.exists():
+            run.rename(replaced)
+            undo.callback(replaced.rename, run)
+        fresh.rename(run)
+        undo.callback(shutil.rmtree, run)
+        yield
+        undo.pop_all()
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_resumable(recipe: Recipe, run: Path) -> None:
+    """Raise CheckpointError where there is no run, RecipeError where it began with another recipe."""
+    file = run / "recipe.yaml"
+    if not file.exists():
+        raise CheckpointError(f"nothing to resume: {run} holds no run; start it without --resume")
+    began = parse_recipe(yaml.safe_load(file.read_text()), where=str(file))
+    if began != recipe:
+        changed = [k for k in Recipe.model_fields if getattr(began, k) != getattr(recipe, k)]
+        raise RecipeError(
+            f"the recipe differs from the one this run began with ({file}) in: {', '.join(changed)}; resume with "
+            "that one, or start another run with --output"
+        )
+    for left_by_a_kill in run.glob(".stage*.tmp"):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+
+
+def prepare_run(recipe: Recipe, run: Path) -> TextData:
+    """Read the text, and rehearse every stage without weights: no mistake should wait behind hours of training."""
+    initial = recipe.model.checkpoint
+    config = read_config(initial) if initial is not None else None
+    tokenizer = load_tokenizer(initial, config) if initial is not None and config is not None else None
+    length = recipe.training.sequence_length
+    with PartialState().main_process_first():
+        data = prepare(recipe.data, sequence_length=length, tokenizer_folder=run / "tokenizer", tokenizer=tokenizer)
+    if config is not None and len(data.tokenizer) > config.vocab_size:
+        raise TokenizerError(
+            f"tokenizer {recipe.data.tokenizer} has {len(data.tokenizer)} entries, the embedding of {initial}, which "
+            f"came without a tokenizer, {config.vocab_size}: name the one it was trained with as data.tokenizer"
+        )
+    training_arguments(recipe, run, steps=1)
+    with torch.device("meta"):
+        model = TokenformerForCausalLM(config or first_config(recipe, data))
+        for i, stage in enumerate(recipe.stages):
+            try:
+                if stage.growth:
+                    grow(model, **stage.growth)
+                freeze(model, stage.frozen)
+            except (GrowthError, RecipeError) as error:
+                raise type(error)(f"stages.{i}: {error}") from error
+    return data
+
+
+def first_config(recipe: Recipe, data: TextData) -> TokenformerConfig:
+    """Return the first stage's configuration: the recipe's sizes, the tokenizer's vocabulary."""
+    return recipe.model.config(
+        vocab_size=len(data.tokenizer),
+        max_position_embeddings=recipe.training.sequence_length,
+        eos_token_id=data.tokenizer.eos_token_id,
+        bos_token_id=data.tokenizer.eos_token_id,
+    )
+
+
+def training_arguments(recipe: Recipe, output: Path, *, steps: int) -> TrainingArguments:
+    """Return the recipe in the Trainer's words.
+
+    Raises:
+        RecipeError: batches that do not divide, or `training_arguments` that are unknown or decided elsewhere.
+    """
+    t = recipe.training
+    processes = PartialState().num_processes
+    micro = t.micro_batch_size or max(1, t.batch_size // processes)
+    if t.batch_size % (micro * processes):
+        raise RecipeError(
+            f"training.batch_size {t.batch_size} is not a multiple of micro_batch_size {micro} × {processes} "
+            "processes; change one of them"
+        )
+    ours: dict[str, Any] = {
+        "output_dir": str(output),
+        "max_steps": steps,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": t.batch_size // (micro * processes),
+        "max_grad_norm": t.max_grad_norm,
+        "bf16": use_bfloat16(t.precision),
+        "use_cpu": not torch.accelerator.is_available(),
+        "save_strategy": "steps",
+        "save_steps": t.save_every,
+        "save_total_limit": 2,
+        "logging_steps": t.log_every,
+        "report_to": t.report_to,
+        "train_sampling_strategy": "sequential",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "seed": recipe.seed,
+    }
+    taken = sorted(ours.keys() & t.training_arguments.keys())
+    if taken:
+        raise RecipeError(f"training.training_arguments sets {', '.join(taken)}, which other recipe fields decide")
+    try:
+        return TrainingArguments(**ours, **t.training_arguments)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"training.training_arguments: {error}") from error
+
+
+def use_bfloat16(precision: str) -> bool:
+    """Whether to compute in bfloat16: on "auto" only with units for it, since CPUs without emulate it slowly."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
