@@ -40,28 +40,33 @@ def demo() -> str:
 
 
 def benchmarks() -> str:
-    """Return a row per measured case and goal, the newest measurement of each."""
-    newest: dict[tuple[str, ...], dict[str, Any]] = {}
-    for line in lines("layer") + lines("train_step"):
+    """Return a row per goal and case: the newest measurement of each, on the most threads that were measured."""
+    measured = lines("layer") + lines("train_step")
+    threads = max(line["case"]["threads"] for line in measured)
+    newest: dict[tuple[str, str], str] = {}
+    for line in measured:
         case = line["case"]
-        what = case.get("what", "layer")
-        if what == "layer":
-            label = f"{case['text_tokens']} × {case['width']} × {case['param_tokens']}"
+        if case["threads"] != threads:
+            continue
+        if "family" in case:
+            label = f"{case['what']}, {case['family']} family, {case['dtype']}"
         else:
-            label = f"{case['family']} family"
+            label = f"layer, {case['text_tokens']} × {case['width']} × {case['param_tokens']}, {case['dtype']}"
         for name, figure in line.items():
-            if isinstance(figure, dict) and "asked" in figure:
-                newest[what, name, label, case["dtype"], str(case["threads"])] = figure
-    rows = ["| | case | type | threads | asked | reached (quartiles) | met |", "|---|---|---|--:|--:|--:|:-:|"]
-    for (what, name, label, dtype, threads), figure in newest.items():
-        spread = " ({:.2f}–{:.2f})".format(*figure["quartiles"]) if "quartiles" in figure else ""
-        sign = "≥" if "speed" in name else "≤"
-        met = "yes" if figure["met"] else "**no**"
-        rows.append(
-            f"| {what}: {name} | {label} | {dtype} | {threads} | {sign} {figure['asked']:.2f} "
-            f"| {figure['reached']:.2f}{spread} | {met} |"
-        )
-    return "\n".join(rows)
+            if not isinstance(figure, dict) or "asked" not in figure:
+                continue
+            spread = " ({:.2f}–{:.2f})".format(*figure["quartiles"]) if "quartiles" in figure else ""
+            sign = "≥" if "speed" in name else "≤"
+            met = "yes" if figure["met"] else "**no**"
+            newest[label, name] = (
+                f"| {label} | {name} | {sign} {figure['asked']:.2f} | {figure['reached']:.2f}{spread} | {met} |"
+            )
+        if "fraction_of_memory_bandwidth" in line:
+            share = line["fraction_of_memory_bandwidth"]
+            both = f"{share[case['family']]:.2f}, GPT-NeoX {share['gpt_neox']:.2f}"
+            newest[label, "bandwidth"] = f"| {label} | share of measured memory bandwidth | | {both} | |"
+    head = [f"| on {threads} threads | ratio | asked | reached (quartiles) | met |", "|---|---|--:|--:|:-:|"]
+    return "\n".join([*head, *newest.values()])
 
 
 def filled(text: str) -> str:
