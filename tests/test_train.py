@@ -174,7 +174,7 @@ def test_killed_at_any_moment_resumes_to_the_same_bits(finished, content, tmp_pa
 
 
 def test_interrupt_saves_and_resumes_to_the_same_bits(finished, content, tmp_path):
-    recipe, folder = parse_recipe(content), tmp_path / "run"
+    recipe, folder, handler = parse_recipe(content), tmp_path / "run", signal.getsignal(signal.SIGINT)
 
     def interrupt(event):
         if event["event"] == "progress" and event["stage"] == 2 and event["step"] == 5:
@@ -183,7 +183,7 @@ def test_interrupt_saves_and_resumes_to_the_same_bits(finished, content, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         train(recipe, folder, on_event=interrupt)
     assert (folder / "stage2.partial" / "checkpoint-5" / "complete").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     steps = []
     train(recipe, folder, resume=True, on_event=lambda e: steps.append((e["event"], e.get("stage"), e.get("step"))))
     assert ("progress", 2, 5) not in steps and ("progress", 2, 6) in steps
