@@ -385,3 +385,16 @@ def test_prepare_with_validation_source_and_given_tokenizer(corpus, tmp_path, to
     want = stream([f.read_text(encoding="utf-8") for f in sorted(corpus.iterdir())], tokenizers[0])
     ids = joined(data.train_blocks)[0]
     assert ids == want[: len(ids)] and len(want) - len(ids) < 7
+
+
+def test_validation_source_never_trains_and_keeps_to_its_bytes(tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(6):
+        (text / f"{i}.txt").write_text(f"document {i} " * 20)
+    section = DataSection(source=str(text), validation_source=str(text / "[01].txt"), validation_bytes=250)
+    data = prepare(section, sequence_length=8, tokenizer_folder=tmp_path / "tokenizer")
+    assert data.facts["training_documents"] == 4 and data.facts["validation_documents"] == 1
+    everything = section.model_copy(update={"validation_source": str(text)})
+    with pytest.raises(DataError, match=r"holds no text that data.validation_source does not"):
+        prepare(everything, sequence_length=8, tokenizer_folder=tmp_path / "tokenizer")

@@ -165,6 +165,8 @@ def test_official_growth_with_tau_kept_is_ours():
         ({"ffn_param_tokens": "+0"}, "adds nothing"),
         ({"ffn_param_tokens": "+1", "name": "base"}, "'base' exists already"),
         ({"ffn_param_tokens": "+1", "name": "values"}, "'values' cannot be used"),
+        ({"ffn_param_tokens": "+1", "num_hidden_layers": "+1", "name": "training"}, "'training' cannot be used"),
+        ({"ffn_param_tokens": "+1", "name": "embedding"}, "'embedding' cannot be used"),
         ({"preset": "2m"}, "no preset '2m'"),
     ],
 )

@@ -68,7 +68,10 @@ def test_a_plus_is_harmless_where_a_number_is_wanted(tmp_path):
         (changed(stages=[{"text_tokens": 1}, {"txt_tokens": 1}]), "'stages.1.text_tokens' is missing"),
         (changed(training={"batchsize": 1}), "unknown key 'training.batchsize'; did you mean 'batch_size'?"),
         (changed(modell={}), "unknown key 'modell'; did you mean 'model'?"),
-        (changed(data={"zzz": 1}), "unknown key 'data.zzz'; known keys: source, validation_source, text_column"),
+        (
+            changed(data={"zzz": 1}),
+            "unknown key 'data.zzz'; known keys: source, validation_source, validation_split, text_column",
+        ),
         (changed(model=None), "'model' is missing"),
         (changed(data={"source": None}), "data.source"),
         (changed(stages=None), "'stages' is missing"),

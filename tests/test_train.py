@@ -88,6 +88,7 @@ def test_stages_grow_the_model_and_the_lineage_adds_up(finished, content):
     assert [c.ffn_param_tokens for c in configs] == [32, 48, 48]
     assert [c.num_hidden_layers for c in configs] == [2, 3, 3]
     assert [e.operation for e in lineage.history] == ["train", "grow", "train", "grow", "train"]
+    assert [e.arguments.get("name") for e in lineage.history] == [None, "more", None, "grown1", None]
     assert lineage.history[1].parent == verify_checkpoint(checkpoints[0]).weights_sha256
     assert [g["name"] for g in configs[2].token_groups] == ["base", "more", "grown1"]
     losses = [e["loss"] for e in events if e["event"] == "evaluation"]
@@ -238,6 +239,36 @@ def test_a_damaged_optimizer_is_named(finished, content, tmp_path):
         train(parse_recipe(more), tmp_path / "run")
 
 
+def test_changed_text_is_noticed_on_resuming(text, content, tmp_path):
+    shutil.copytree(text, tmp_path / "text")
+    moving = {**content, "data": {**content["data"], "source": str(tmp_path / "text")}}
+
+    def interrupt(event):
+        if event["event"] == "progress" and event["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(parse_recipe(moving), tmp_path / "run", on_event=interrupt)
+    (tmp_path / "text" / "more.txt").write_text("more " * 400)
+    with pytest.raises(DataError, match=r"text is not what this run began with .*training_documents 11 → 12"):
+        train(parse_recipe(moving), tmp_path / "run", resume=True)
+
+
+def test_force_takes_over_after_a_kill_and_spares_what_is_no_run(finished, content, tmp_path):
+    recipe = parse_recipe({**content, "stages": [{"text_tokens": 256}]})
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.copytree(finished[0], tmp_path / ".run.replaced")  # as a kill -9 during preparation leaves it
+    assert train(recipe, tmp_path / "run", force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "x.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
+        train(recipe, tmp_path / "notes", force=True)
+    with pytest.raises(CheckpointError, match="give one of them"):
+        train(recipe, tmp_path / "run", force=True, resume=True)
+    assert (tmp_path / "notes" / "x.txt").read_text() == "mine"
+
+
 def test_streaming_trains_and_resumes_to_the_same_bits(content, tmp_path):
     stream = copy.deepcopy(content)
     stream["data"] |= {"streaming": True, "validation_bytes": 2000, "validation_fraction": 0.2}
@@ -264,6 +295,8 @@ def test_streaming_trains_and_resumes_to_the_same_bits(content, tmp_path):
             "nothing to train",
         ),
         ({"training": {"training_arguments": {"max_steps": 3}}}, "sets max_steps, which other recipe fields decide"),
+        ({"training": {"training_arguments": {"learning_rate": 3}}}, "sets learning_rate, which other recipe fields"),
+        ({"training": {"report_to": ["tensorbord"]}}, "report_to: .*tensorbord"),
         ({"training": {"training_arguments": {"lerning_rate": 3}}}, "training_arguments: .*lerning_rate"),
         (
             {"training": {"batch_size": 4, "micro_batch_size": 3}},

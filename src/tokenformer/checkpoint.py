@@ -42,7 +42,7 @@ class Event(pydantic.BaseModel):
     arguments: dict[str, Any] = {}
     """What it was asked to do."""
     parent: str | None = None
-    """sha256 of the weights it started from; null where it started from random ones."""
+    """sha256 of the weights it started from; null for random ones, and for grown ones that were never written."""
     recipe: dict[str, Any] | None = None
     """The whole training recipe."""
     data: dict[str, Any] | None = None
@@ -149,6 +149,8 @@ def load_tokenizer(path: str | Path, config: TokenformerConfig) -> PreTrainedTok
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # tokenizers raises nothing more specific
         raise CheckpointError(f"checkpoint {path} is damaged: its tokenizer cannot be read: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise TokenizerError(f"the tokenizer in {path} has no end-of-text token, which separates documents; set one")
     if len(tokenizer) > config.vocab_size:
         raise TokenizerError(
             f"the tokenizer in {path} has {len(tokenizer)} entries but the model's embedding only {config.vocab_size}: "
@@ -260,9 +262,14 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def check_target(path: Path, *, force: bool) -> None:
     """Raise CheckpointError if `path` exists and `force` is not set: asked before long work, not after."""
+    if not path.name:
+        raise CheckpointError(f"{path} cannot be replaced as a whole; name a folder in it")
     _recover(path)
     if path.exists() and not force:
         raise CheckpointError(f"{path} exists already; choose another name, or --force to replace it")
+    ours = ("config.json", "recipe.yaml")
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not any((path / f).exists() for f in ours)):
+        raise CheckpointError(f"{path} is neither a checkpoint nor a run, and --force replaces nothing else")
 
 
 def _recover(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -46,10 +47,11 @@ def train(
         with TrainingDisplay(console) as display:
             checkpoints = run(content, folder, resume=resume, force=force, on_event=display)
     except KeyboardInterrupt:
-        where = f" -o {output}" if output else ""
-        Console(stderr=True).print(
-            f"Interrupted. Continue with: tokenformer train {recipe}{where} --resume", markup=False, soft_wrap=True
-        )
+        where = f" -o {quote(str(output))}" if output else ""
+        command = f"tokenformer train {quote(str(recipe))}{where} --resume"
+        began = (folder / "log.jsonl").exists()
+        hint = f"Continue with: {command}" if began else "Nothing had begun."
+        Console(stderr=True).print(f"Interrupted. {hint}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
     console.print(stage_table((f"{i + 1}", c) for i, c in enumerate(checkpoints)))
     console.print(f"Final checkpoint: {checkpoints[-1]}", markup=False, soft_wrap=True)
@@ -109,12 +111,15 @@ def grow(
 @app.command()
 def inspect(checkpoint: Checkpoint) -> None:
     """Show a checkpoint's token groups, sizes, memory and lineage."""
+    import torch
+
     from . import cost
     from .checkpoint import read_config, verify_checkpoint
     from .progress import lineage_table, quiet_libraries
 
     quiet_libraries()
     config, lineage = read_config(checkpoint), verify_checkpoint(checkpoint)
+    width = (config.dtype or torch.float32).itemsize
     groups = Table(title="Token groups", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("group", "qkv", "output", "ffn", "tokens", "parameters", "MB"):
         groups.add_column(column, justify="left" if column == "group" else "right")
@@ -122,9 +127,9 @@ def inspect(checkpoint: Checkpoint) -> None:
     for group in config.token_groups or []:
         n = group["name"]
         sizes = [str(group[p]) for p in ("qkv", "output", "ffn")]
-        groups.add_row(n, *sizes, f"{tokens[n]:,}", f"{counts[n]:,}", f"{counts[n] * 4 / 1e6:,.1f}")
+        groups.add_row(n, *sizes, f"{tokens[n]:,}", f"{counts[n]:,}", f"{counts[n] * width / 1e6:,.1f}")
     rest = cost.parameters(config) - sum(counts.values())
-    groups.add_row("[i]everything else[/i]", "", "", "", "", f"{rest:,}", f"{rest * 4 / 1e6:,.1f}")
+    groups.add_row("[i]everything else[/i]", "", "", "", "", f"{rest:,}", f"{rest * width / 1e6:,.1f}")
     console = Console()
     console.print(
         f"{checkpoint}: {cost.parameters(config):,} parameters, {config.num_hidden_layers} blocks of width "
@@ -134,7 +139,7 @@ def inspect(checkpoint: Checkpoint) -> None:
     )
     console.print(
         f"training needs {cost.training_bytes(config) / 1e6:,.0f} MB beside activations (float32, AdamW); generating "
-        f"reads {cost.parameters(config) * 4 / 1e6:,.1f} MB per text token",
+        f"reads {cost.parameters(config) * width / 1e6:,.1f} MB per text token",
         soft_wrap=True,
     )
     console.print(groups)
@@ -161,6 +166,7 @@ def generate(
 
     quiet_libraries()
     model, tokenizer, _ = load_checkpoint(checkpoint)
+    model.to(torch.accelerator.current_accelerator() or "cpu")
     if tokenizer is None:
         raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")
     if seed is not None:
@@ -171,10 +177,12 @@ def generate(
         raise TokenizerError(
             f"the prompt is {len(ids)} text tokens long; the model reads at most {model.config.max_position_embeddings}"
         )
+    if max_new_tokens > room:
+        Console(stderr=True).print(f"The model's context leaves room for {room} of {max_new_tokens} text tokens.")
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
     model.generate(
-        torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        torch.tensor([ids], device=model.device),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
         max_new_tokens=min(max_new_tokens, room),
         pad_token_id=tokenizer.eos_token_id,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
@@ -209,9 +217,6 @@ def main() -> None:
     except TokenformerError as error:
         Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted.")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def hold_out(documents: Documents, *, fraction: float, max_bytes: int | None) ->
 
 
 def make_tokenizer(spec: str, documents: Documents) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that `spec` names; all have an end-of-text token and give every text back exactly.
+    """Return the tokenizer that `spec` names; ours give every text back exactly, all have an end-of-text token.
 
     Args:
         spec: "bpe:N" (byte-level BPE of N entries trained on `documents`; fewer where the text has no more to merge),
@@ -87,7 +87,7 @@ def make_tokenizer(spec: str, documents: Documents) -> PreTrainedTokenizerBase:
             trainer = trainers.BpeTrainer(
                 vocab_size=int(size), special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
             )
-            tokenizer.train_from_iterator((row["text"] for row in documents), trainer)
+            tokenizer.train_from_iterator(_texts(documents), trainer)
         return PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
             eos_token=END_OF_TEXT,
@@ -138,6 +138,8 @@ def pack(
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
+        if isinstance(error.__cause__, OSError):
+            raise DataError(f"could not keep the tokenised text in {cache}: {error.__cause__}") from error
         raise
 
 
@@ -183,15 +185,19 @@ def prepare(
     Raises:
         DataError, TokenizerError: as the functions above.
     """
-
-    def documents_of(source: str | list[str], streaming: bool) -> Documents:
-        return load_documents(source, text_column=section.text_column, split=section.split, streaming=streaming)
-
-    train = documents_of(section.source, section.streaming)
+    column = section.text_column
+    train = load_documents(section.source, text_column=column, split=section.split, streaming=section.streaming)
     if section.validation_source is not None:
-        validation = documents_of(section.validation_source, False)
+        validation = load_documents(section.validation_source, text_column=column, split=section.validation_split)
+        train = train.filter(_is_another, fn_kwargs={"held": {_hash(text) for text in validation["text"] if text}})
+        sizes = np.cumsum([len(text.encode()) for text in validation["text"]])
+        limit = sizes[-1] if section.validation_bytes is None else section.validation_bytes
+        validation = validation.select(range(max(1, int(np.searchsorted(sizes, limit, side="right")))))
+        if not section.streaming and not any(train["text"]):
+            raise DataError("data.source holds no text that data.validation_source does not: name other documents")
     else:
         train, validation = hold_out(train, fraction=section.validation_fraction, max_bytes=section.validation_bytes)
+    name = section.tokenizer if tokenizer is None else "the checkpoint's own"
     if tokenizer is None and tokenizer_folder.exists():
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     elif tokenizer is None:
@@ -204,7 +210,7 @@ def prepare(
     validation_bytes = utf8_bytes(validation)
     facts: dict[str, Any] = {
         "source": section.source,
-        "tokenizer": section.tokenizer,
+        "tokenizer": name,
         "vocabulary": len(tokenizer),
         "validation_documents": len(validation),
         "validation_bytes": validation_bytes,
@@ -235,6 +241,10 @@ def _hash(text: str) -> float:
 
 def _is_training(row: dict[str, str], fraction: float) -> bool:
     return _hash(row["text"]) >= fraction
+
+
+def _is_another(row: dict[str, str], held: set[float]) -> bool:
+    return _hash(row["text"]) not in held
 
 
 def _take_bytes(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:

@@ -54,7 +54,7 @@ def evaluate(
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
         losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
-        total += losses.double().sum().item()
+        total += losses.cpu().double().sum().item()
         count += int((labels != -100).sum())
     model.train(was_training)
     return Evaluation(total / count, total / math.log(2) / num_bytes, count)

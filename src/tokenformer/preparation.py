@@ -13,6 +13,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from .checkpoint import check_target, disk_errors, load_tokenizer, read_config
 from .data import TextData, prepare
@@ -23,6 +24,10 @@ from .models.modeling_tokenformer import TokenformerForCausalLM
 from .optimization import freeze
 from .recipe import Recipe, parse_recipe
 
+# Fields of TrainingArguments that do nothing beside our optimizer, schedule and validation; those that break resuming.
+_DECIDED = ("learning_rate", "lr_", "optim", "weight_decay", "adam_", "warmup_", "num_train_epochs", "eval_", "save_")
+_BREAKING = ("ignore_data_skip", "per_device_", "fp16", "auto_find_batch_size")
+
 
 @contextmanager
 def new_run(recipe: Recipe, run: Path, *, force: bool) -> Iterator[None]:
@@ -31,18 +36,20 @@ def new_run(recipe: Recipe, run: Path, *, force: bool) -> Iterator[None]:
     if run.exists() and not force:
         hint = "--resume to continue it, " if (run / "recipe.yaml").exists() else ""
         raise CheckpointError(f"{run} exists already; {hint}--force to replace it, or --output for another place")
-    with ExitStack() as undo, disk_errors(run):
+    with ExitStack() as undo:
         replaced = run.with_name(f".{run.name}.replaced")
         fresh = run.with_name(f".{run.name}.{os.getpid()}.tmp")
-        fresh.mkdir(parents=True)
-        undo.callback(shutil.rmtree, fresh, ignore_errors=True)
         content = recipe.model_dump(exclude_unset=True)
-        (fresh / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-        if run.exists():
-            run.rename(replaced)
-            undo.callback(replaced.rename, run)
-        fresh.rename(run)
-        undo.callback(shutil.rmtree, run)
+        with disk_errors(run):
+            fresh.mkdir(parents=True)
+            undo.callback(shutil.rmtree, fresh, ignore_errors=True)
+            (fresh / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+            if run.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                run.rename(replaced)
+                undo.callback(replaced.rename, run)
+            fresh.rename(run)
+            undo.callback(shutil.rmtree, run)
         yield
         undo.pop_all()
         shutil.rmtree(replaced, ignore_errors=True)
@@ -51,6 +58,7 @@ def new_run(recipe: Recipe, run: Path, *, force: bool) -> Iterator[None]:
 def check_resumable(recipe: Recipe, run: Path) -> None:
     """Raise CheckpointError where there is no run, RecipeError where it began with another recipe."""
     file = run / "recipe.yaml"
+    check_target(run, force=True)
     if not file.exists():
         raise CheckpointError(f"nothing to resume: {run} holds no run; start it without --resume")
     began = parse_recipe(yaml.safe_load(file.read_text()), where=str(file))
@@ -60,7 +68,7 @@ def check_resumable(recipe: Recipe, run: Path) -> None:
             f"the recipe differs from the one this run began with ({file}) in: {', '.join(changed)}; resume with "
             "that one, or start another run with --output"
         )
-    for left_by_a_kill in run.glob(".stage*.tmp"):
+    for left_by_a_kill in [*run.glob(".stage*.tmp"), run.with_name(f".{run.name}.replaced")]:
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
 
 
@@ -133,13 +141,24 @@ def training_arguments(recipe: Recipe, output: Path, *, steps: int) -> TrainingA
         "disable_tqdm": True,
         "seed": recipe.seed,
     }
-    taken = sorted(ours.keys() & t.training_arguments.keys())
+    taken = sorted(name for name in t.training_arguments if name in ours or name.startswith(_DECIDED + _BREAKING))
     if taken:
         raise RecipeError(f"training.training_arguments sets {', '.join(taken)}, which other recipe fields decide")
     try:
-        return TrainingArguments(**ours, **t.training_arguments)
-    except (TypeError, ValueError) as error:
+        arguments = TrainingArguments(**ours, **t.training_arguments)
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise RecipeError(f"training.training_arguments: {error}") from error
+    try:
+        for reporter in get_reporting_integration_callbacks(t.report_to):
+            reporter()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise RecipeError(f"training.report_to: {error}") from error
+    if arguments.n_gpu > 1:
+        raise RecipeError(
+            f"this process sees {arguments.n_gpu} GPUs and would use them with other batches than the recipe's; start "
+            f"one process each: torchrun --nproc-per-node {arguments.n_gpu} -m tokenformer train …"
+        )
+    return arguments
 
 
 def use_bfloat16(precision: str) -> bool:

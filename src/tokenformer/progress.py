@@ -58,7 +58,8 @@ class TrainingDisplay:
             self.console.print(
                 f"text: {event['source']}, tokenizer {event['tokenizer']} ({event['vocabulary']:,} entries), "
                 f"{event.get('training_text_tokens', 0):,} text tokens to train on; "
-                f"{event['validation_documents']} documents ({event['validation_bytes']:,} bytes) held out"
+                f"{event['validation_documents']} documents ({event['validation_bytes']:,} bytes) held out",
+                markup=False,
             )
         elif kind == "growth":
             self.console.print(growth_line(event))

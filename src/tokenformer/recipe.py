@@ -46,17 +46,17 @@ class ModelSection(_Section):
 
     preset: str | None = None
     """Sizes to start from, for example "1m-ffn"; fields below override it. `tokenformer recipe` lists the presets."""
-    hidden_size: int | None = None
+    hidden_size: int | None = Field(None, gt=0)
     """Width of the residual stream."""
-    num_hidden_layers: int | None = None
+    num_hidden_layers: int | None = Field(None, gt=0)
     """Blocks."""
-    num_attention_heads: int | None = None
+    num_attention_heads: int | None = Field(None, gt=0)
     """Attention heads; they divide hidden_size."""
-    qkv_param_tokens: int | None = None
+    qkv_param_tokens: int | None = Field(None, ge=0)
     """Parameter tokens of each of the query, key and value projections; 0 makes plain linear maps."""
-    output_param_tokens: int | None = None
+    output_param_tokens: int | None = Field(None, ge=0)
     """Parameter tokens of the attention's output projection; 0 makes a plain linear map."""
-    ffn_param_tokens: int | None = None
+    ffn_param_tokens: int | None = Field(None, ge=0)
     """Parameter tokens of the feed-forward."""
     norm_activation_type: Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"] | None = None
     """How scores become weights; l2_norm_gelu is the paper's."""
@@ -92,6 +92,8 @@ class DataSection(_Section):
     """"shakespeare", "python-stdlib", a file, folder, glob, .jsonl, .parquet, a dataset name, or a list."""
     validation_source: str | list[str] | None = None
     """Text to validate on. Default: documents held out of `source`."""
+    validation_split: str = "validation"
+    """Split of a named dataset given as `validation_source`."""
     text_column: str = "text"
     """Column that holds the text in JSONL, Parquet and datasets."""
     split: str = "train"
@@ -101,7 +103,8 @@ class DataSection(_Section):
     validation_bytes: int | None = Field(262_144, gt=0)
     """Most held-out text to evaluate on, in UTF-8 bytes, whole documents (at least one); null for all of it."""
     tokenizer: str = "bpe:4096"
-    """"bpe:N" trains a byte-level BPE of N entries on the training text; "bytes"; or a Hugging Face name or folder."""
+    """"bpe:N" (byte-level BPE trained on the training text), "bytes", or a Hugging Face name or folder. A checkpoint's
+    own tokenizer goes before it."""
     streaming: bool = False
     """Read and tokenise on the fly instead of caching: for corpora larger than the disk."""
 
@@ -188,7 +191,7 @@ class Recipe(_Section):
     """How to train."""
     stages: list[Stage] = Field(min_length=1)
     """Growth stages in order."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Decides initial weights, hold-out order of the text and everything else random."""
 
     @model_validator(mode="after")

@@ -31,6 +31,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .data import TextData, training_order
+from .errors import CheckpointError, DataError
 from .evaluate import Evaluation, evaluate
 from .models.modeling_tokenformer import TokenformerForCausalLM
 from .optimization import (
@@ -80,19 +81,28 @@ def train(
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
     main_process = PartialState().is_main_process
+    if resume and force:
+        raise CheckpointError("--resume continues a run and --force starts it over: give one of them")
     if resume:
         check_resumable(recipe, run)
     with nullcontext() if resume or not main_process else new_run(recipe, run, force=force):
         data = prepare_run(recipe, run)
     log = _Log(run / "log.jsonl", on_event if main_process else lambda event: None, enabled=main_process)
-    if not resume:
+    logged = read_log(run) if log.path.exists() else []
+    began = next((event for event in logged if event["event"] == "data"), None)
+    if began is None:
         log.write({"event": "data", **data.facts})
+    elif began != {"event": "data", **data.facts}:
+        changed = [f"{k} {began.get(k)} → {v}" for k, v in data.facts.items() if began.get(k) != v]
+        raise DataError(f"the text is not what this run began with ({', '.join(changed)}); put it back, or start anew")
     checkpoints: list[Path] = []
     for index in range(len(recipe.stages)):
         checkpoint = run / f"stage{index + 1}"
         if not checkpoint.exists():
             previous = checkpoints[-1] if checkpoints else recipe.model.checkpoint
             _StageRun(recipe, index, data, log).run(previous, checkpoint)
+        if main_process:
+            shutil.rmtree(run / f"stage{index + 1}.partial", ignore_errors=True)
         checkpoints.append(checkpoint)
     return checkpoints
 
@@ -129,8 +139,9 @@ class _Log:
             kept = [e for e in kept if e.get("stage", 0) < stage]
         if self.enabled:
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(e) + "\n" for e in kept))
-            temporary.replace(self.path)
+            with disk_errors(self.path):
+                temporary.write_text("".join(json.dumps(e) + "\n" for e in kept))
+                temporary.replace(self.path)
         return next((e for e in reversed(kept) if "seconds" in e), {})
 
 
@@ -147,6 +158,7 @@ class _StageRun(TrainerCallback):
         self.bfloat16 = use_bfloat16(recipe.training.precision)
         self.flops_per_step = 0.0
         self.evaluation: Evaluation | None = None
+        self.added_group: str | None = None
         self.interrupted = False
 
     def run(self, previous: str | Path | None, target: Path) -> None:
@@ -157,6 +169,8 @@ class _StageRun(TrainerCallback):
         self.model, states, self.lineage = self._start(previous)
         spent = logged.get("seconds", 0.0) if done else 0.0
         self.clock = time.perf_counter() - max(spent, self.lineage.last.training_seconds)
+        arguments = training_arguments(self.recipe, partial, steps=self.steps)
+        self.model.to(arguments.device)
         if self.stage.growth:
             states = self._grow(states, quiet=done > 0)
         freeze(self.model, self.stage.frozen)
@@ -165,8 +179,6 @@ class _StageRun(TrainerCallback):
             self.recipe.training.sequence_length,
             frozen_parameters=sum(p.numel() for p in self.model.parameters() if not p.requires_grad),
         )
-        arguments = training_arguments(self.recipe, partial, steps=self.steps)
-        self.model.to(arguments.device)
         optimizer = make_optimizer(self.model, self.recipe, states)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate(self.recipe, self.index, min(step, self.steps - 1))
@@ -186,12 +198,15 @@ class _StageRun(TrainerCallback):
         if self.interrupted:
             raise KeyboardInterrupt
         self._finish(target, optimizer, states)
-        if self.log.enabled:
-            shutil.rmtree(partial, ignore_errors=True)
+
+    @property
+    def _seed(self) -> int:
+        """Of this stage's new weights."""
+        return self.recipe.seed * 1000 + self.index
 
     def _start(self, previous: str | Path | None) -> tuple[TokenformerForCausalLM, OptimizerState, Lineage]:
         """Build what this stage starts from, out of files and seeds alone."""
-        torch.manual_seed(self.recipe.seed * 1000 + self.index)
+        torch.manual_seed(self._seed)
         if previous is None:
             return TokenformerForCausalLM(first_config(self.recipe, self.data)), {}, Lineage()
         model, _, lineage = load_checkpoint(previous, dtype=torch.float32)
@@ -205,10 +220,12 @@ class _StageRun(TrainerCallback):
         started = time.perf_counter()
         model = self.model.eval()
         before = None if quiet else self._evaluate(model).loss
-        sample = torch.tensor(self.data.validation_blocks[:4]["input_ids"])
+        sample = torch.tensor(self.data.validation_blocks[:4]["input_ids"], device=model.device)
         with torch.no_grad():
             logits = model(sample, use_cache=False).logits
+            groups = len(model.config.token_groups)
             states = grow_with_states(model, states, **self.stage.growth)
+            self.added_group = next((g["name"] for g in model.config.token_groups[groups:]), None)
             equal = torch.equal(model(sample, use_cache=False).logits, logits)
         if not quiet:
             after = self._evaluate(model).loss
@@ -239,6 +256,7 @@ class _StageRun(TrainerCallback):
             model,
             self.data.validation_blocks,
             num_bytes=self.data.validation_bytes,
+            batch_size=self.recipe.training.micro_batch_size or 16,
             dtype=torch.bfloat16 if self.bfloat16 else None,
         )
 
@@ -284,7 +302,8 @@ class _StageRun(TrainerCallback):
         results = {"loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte}
         lineage = self.lineage
         if self.stage.growth:
-            lineage = lineage.then("grow", arguments=self.stage.growth, seed=self.recipe.seed)
+            growth = {**self.stage.growth, "name": self.added_group}
+            lineage = lineage.then("grow", arguments=growth, seed=self._seed)
         last = self.lineage.last
         lineage = lineage.then(
             "train",

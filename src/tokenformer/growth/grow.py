@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import GrowthError
 from ..models.configuration_tokenformer import PRESETS, PROJECTIONS
 from ..models.modeling_tokenformer import TokenformerPreTrainedModel
+from ..models.pattention import check_group
 
 Amount = int | str
 
@@ -36,7 +37,7 @@ def grow(
 
     Args:
         model: TokenformerModel or TokenformerForCausalLM.
-        preset: take the three counts from this preset, which must have the model's hidden_size.
+        preset: take the three counts and the depth from this preset, which must have the model's width and heads.
         qkv_param_tokens, output_param_tokens, ffn_param_tokens: parameter tokens to reach in each projection, all
             groups together: a total, or what to add as "+256" or "+50%". Default: as they are.
         num_hidden_layers: blocks to reach, in the same notations.
@@ -124,11 +125,10 @@ def _group_name(config: Any, name: str | None) -> str:
         return next(f"grown{i}" for i in range(1, len(taken) + 2) if f"grown{i}" not in taken)
     if name in taken:
         raise GrowthError(f"token group {name!r} exists already, beside {', '.join(taken)}; choose another name")
-    if not name.isidentifier() or hasattr(nn.ModuleDict, name):
-        raise GrowthError(
-            f"token group name {name!r} cannot be used: it becomes part of tensor names, so use letters, digits and "
-            "underscores, no leading digit, and not a word such as 'keys' or 'values'"
-        )
+    try:
+        check_group(name, 0)
+    except ValueError as error:
+        raise GrowthError(str(error)) from error
     return name
 
 

@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 
 NORM_ACTIVATION_TYPES = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 BASE_GROUP = "base"
+# What a model has beside token groups, in the words in which a recipe freezes it.
+_OTHER_PARTS = ("embedding", "final_norm", "linear_maps")
 # Rows normalised at a time by the fused path on a CPU: few enough that a chunk stays in cache, enough that starting
 # the threads costs little. The same for any number of tokens, so that growing changes no bit.
 _CPU_CHUNK_ROWS = 256
@@ -273,10 +275,10 @@ def default_tau(num_tokens: int, norm_activation_type: str) -> float:
 
 def check_group(name: str, num_tokens: int) -> None:
     """Raise ValueError unless `name` can name a token group and `num_tokens` is a count."""
-    if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+    if not name.isidentifier() or hasattr(nn.ModuleDict(), name) or name in _OTHER_PARTS:
         raise ValueError(
             f"token group name {name!r} cannot be used: it becomes part of tensor names, so it must be letters, digits "
-            "and underscores, not start with a digit, and not be a word such as 'keys' or 'values'"
+            "and underscores, not start with a digit, and not be a word such as 'keys', 'values' or 'embedding'"
         )
     if num_tokens < 0:
         raise ValueError(f"token group {name!r} cannot have {num_tokens} parameter tokens")
