@@ -67,7 +67,7 @@ def load_documents(
     return documents
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: Exception) -> str:
     """Name an error and the first line of what it says: libraries go on for pages."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -137,7 +137,7 @@ def _read_files(kind: str, files: list[Path], source: str, text_column: str, str
                 raise DataError(
                     f"{file.absolute()} is not UTF-8 text: {not_utf8}; convert it or leave it out"
                 ) from error
-        raise DataError(f"cannot read {source!r} as {kind}: {first_line(error.__cause__ or error)}") from error
+        raise DataError(f"cannot read {source!r} as {kind}: {str(error.__cause__ or error).splitlines()[0]}") from error
 
 
 def _load_named(source: str, path: Path, text_column: str, split: str, streaming: bool) -> Documents:
