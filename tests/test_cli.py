@@ -203,6 +203,18 @@ def child(*arguments, **options):
     )
 
 
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(run, recipe, tmp_path):
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29578", "-m", "tokenformer"]
+    done = subprocess.run(
+        [sys.executable, *command, "train", recipe, "-o", tmp_path / "two"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and done.stdout.count("Final checkpoint") == 1, done.stderr[-2000:]
+    assert run("train", recipe, "-o", tmp_path / "one")[0] == 0
+    losses = [verify_checkpoint(tmp_path / name / "stage2").last.loss for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+
+
 def test_full_disk(checkpoint, tmp_path):
     """A file-size limit makes writes fail the way a full disk does."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from shlex import quote
@@ -40,7 +41,7 @@ def train(
     from .train import train as run
 
     quiet_libraries()
-    console = Console()
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun, one process speaks
     folder = output or Path("runs") / recipe.stem
     content = load_recipe(recipe)
     try:

@@ -29,6 +29,11 @@ _DECIDED = ("learning_rate", "lr_", "optim", "weight_decay", "adam_", "warmup_",
 _BREAKING = ("ignore_data_skip", "per_device_", "fp16", "auto_find_batch_size")
 
 
+def processes() -> PartialState:
+    """Return which of the run's processes this is; under torchrun there are several."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 @contextmanager
 def new_run(recipe: Recipe, run: Path, *, force: bool) -> Iterator[None]:
     """Make the run folder; if preparing the run fails, it vanishes again, and what it was to replace comes back."""
@@ -78,7 +83,7 @@ def prepare_run(recipe: Recipe, run: Path) -> TextData:
     config = read_config(initial) if initial is not None else None
     tokenizer = load_tokenizer(initial, config) if initial is not None and config is not None else None
     length = recipe.training.sequence_length
-    with PartialState().main_process_first():
+    with processes().main_process_first():
         data = prepare(recipe.data, sequence_length=length, tokenizer_folder=run / "tokenizer", tokenizer=tokenizer)
     if config is not None and len(data.tokenizer) > config.vocab_size:
         raise TokenizerError(
@@ -115,18 +120,18 @@ def training_arguments(recipe: Recipe, output: Path, *, steps: int) -> TrainingA
         RecipeError: batches that do not divide, or `training_arguments` that are unknown or decided elsewhere.
     """
     t = recipe.training
-    processes = PartialState().num_processes
-    micro = t.micro_batch_size or max(1, t.batch_size // processes)
-    if t.batch_size % (micro * processes):
+    count = processes().num_processes
+    micro = t.micro_batch_size or max(1, t.batch_size // count)
+    if t.batch_size % (micro * count):
         raise RecipeError(
-            f"training.batch_size {t.batch_size} is not a multiple of micro_batch_size {micro} × {processes} "
+            f"training.batch_size {t.batch_size} is not a multiple of micro_batch_size {micro} × {count} "
             "processes; change one of them"
         )
     ours: dict[str, Any] = {
         "output_dir": str(output),
         "max_steps": steps,
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": t.batch_size // (micro * processes),
+        "gradient_accumulation_steps": t.batch_size // (micro * count),
         "max_grad_norm": t.max_grad_norm,
         "bf16": use_bfloat16(t.precision),
         "use_cpu": not torch.accelerator.is_available(),

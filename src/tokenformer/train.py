@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -44,7 +43,15 @@ from .optimization import (
     make_optimizer,
     steps_of,
 )
-from .preparation import check_resumable, first_config, new_run, prepare_run, training_arguments, use_bfloat16
+from .preparation import (
+    check_resumable,
+    first_config,
+    new_run,
+    prepare_run,
+    processes,
+    training_arguments,
+    use_bfloat16,
+)
 from .recipe import Recipe
 
 _COMPLETE = "complete"
@@ -80,7 +87,7 @@ def train(
     run = Path(folder)
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
-    main_process = PartialState().is_main_process
+    main_process = processes().is_main_process
     if resume and force:
         raise CheckpointError("--resume continues a run and --force starts it over: give one of them")
     if resume:
@@ -325,7 +332,7 @@ class _StageRun(TrainerCallback):
                 lineage,
                 extra=lambda folder: torch.save(states, folder / OPTIMIZER_FILE),
             )
-        PartialState().wait_for_everyone()
+        processes().wait_for_everyone()
         self._emit("end", self.steps, **results)
 
     @contextmanager
