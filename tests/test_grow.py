@@ -6,7 +6,7 @@ from golden_data import MANIFEST, inputs, outputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, tiny, tokens
-from test_model import load_official
+from test_model import load_official, official_config
 from transformers import AutoModelForCausalLM
 
 from tokenformer import TokenformerConfig, TokenformerForCausalLM, grow
@@ -131,17 +131,7 @@ def test_preset_growth_reaches_the_preset():
 def test_official_growth_with_tau_kept_is_ours():
     """Golden case G: zero keys at the old √n reproduce case M; zero keys at the recomputed √n, as published, do not."""
     facts = MANIFEST["cases"]["M"]
-    sizes = facts["config"]
-    config = TokenformerConfig(
-        vocab_size=sizes["vocab"],
-        hidden_size=sizes["hidden"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        qkv_param_tokens=sizes["qkv"],
-        output_param_tokens=sizes["proj"],
-        ffn_param_tokens=sizes["ffn"],
-    )
-    model = TokenformerForCausalLM(config)
+    model = TokenformerForCausalLM(official_config("M"))
     load_official(
         model, "M", {k.removeprefix("case_m."): v for k, v in inputs("M").items() if k.startswith("case_m.sequ")}
     )

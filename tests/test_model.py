@@ -46,6 +46,21 @@ def load_official(module, prefix, official, layer_offset=2):
     return table
 
 
+def official_config(letter):
+    """Our configuration of a whole-model golden case."""
+    sizes = MANIFEST["cases"][letter]["config"]
+    return TokenformerConfig(
+        vocab_size=sizes["vocab"],
+        hidden_size=sizes["hidden"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        qkv_param_tokens=sizes["qkv"],
+        output_param_tokens=sizes["proj"],
+        ffn_param_tokens=sizes["ffn"],
+        norm_activation_type=sizes["norm_activation_type"],
+    )
+
+
 def case(letter, prefix):
     return {k.removeprefix(prefix): v for k, v in inputs(letter).items() if k.startswith(prefix)}
 
@@ -97,16 +112,7 @@ def test_golden_case_a(attention):
 def test_golden_case_m(letter, attention):
     facts = MANIFEST["cases"][letter]
     sizes = facts["config"]
-    config = TokenformerConfig(
-        vocab_size=sizes["vocab"],
-        hidden_size=sizes["hidden"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        qkv_param_tokens=sizes["qkv"],
-        output_param_tokens=sizes["proj"],
-        ffn_param_tokens=sizes["ffn"],
-        norm_activation_type=sizes["norm_activation_type"],
-    )
+    config = official_config(letter)
     model = TokenformerForCausalLM._from_config(config, attn_implementation=attention)
     table = load_official(model, "M", case(letter, "case_m."))
     want = outputs(letter)
