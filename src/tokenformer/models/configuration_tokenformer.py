@@ -18,6 +18,12 @@ PROJECTIONS: dict[str, tuple[str, ...]] = {
     "ffn": ("mlp",),
 }
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_tokenformer.TokenformerConfig",
+    "AutoModel": "modeling_tokenformer.TokenformerModel",
+    "AutoModelForCausalLM": "modeling_tokenformer.TokenformerForCausalLM",
+}
+
 
 @strict
 class TokenformerConfig(PreTrainedConfig):
@@ -42,12 +48,15 @@ class TokenformerConfig(PreTrainedConfig):
             other linear maps take 2 / (num_hidden_layers · √hidden_size), officially "wang_init".
         max_position_embeddings: longest context in text tokens.
         rope_parameters: transformers' rotary settings; default base 10000 on the first quarter of each head.
+        auto_map: where Auto classes find the code when this package is not installed; saving a model copies that code
+            (the files of this folder) beside its weights.
 
     Raises:
         ValueError: impossible sizes, names, or counts that contradict `token_groups`.
     """
 
     model_type = "tokenformer"
+    _auto_class = "AutoConfig"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     base_model_pp_plan = {  # noqa: RUF012
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
@@ -78,6 +87,7 @@ class TokenformerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 0
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
+    auto_map: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Derive what was left out; every derived field is saved, so loading never derives it again."""
@@ -100,6 +110,8 @@ class TokenformerConfig(PreTrainedConfig):
                 setattr(self, f"{projection}_tau", default_tau(total, self.norm_activation_type))
         if self.linear_projections is None:
             self.linear_projections = [p for p in PROJECTIONS if not getattr(self, f"{p}_param_tokens")]
+        if self.auto_map is None:
+            self.auto_map = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:

@@ -19,7 +19,7 @@ from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, Tensor
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import (
     GPTNeoXRotaryEmbedding,
     apply_rotary_pos_emb,
@@ -165,6 +165,8 @@ class TokenformerPreTrainedModel(PreTrainedModel):
 class TokenformerModel(TokenformerPreTrainedModel):
     """Embedding, blocks and final norm: token ids `[B, T]` to hidden states `[B, T, D]`."""
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: TokenformerConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -224,6 +226,7 @@ class TokenformerModel(TokenformerPreTrainedModel):
 class TokenformerForCausalLM(TokenformerPreTrainedModel, GenerationMixin):
     """Language model: the decoder and a head tied to the embedding, token ids `[B, T]` to logits `[B, T, V]`."""
 
+    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
@@ -247,7 +250,10 @@ class TokenformerForCausalLM(TokenformerPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """Return logits; with `labels` `[B, T]` (-100: ignored) also the mean next-token cross entropy in nats."""
+        """Return logits; with `labels` `[B, T]` (-100: ignored) also the mean next-token cross entropy in nats.
+
+        `logits_to_keep`: the last so many positions (0: all), or the positions as a 1-D tensor.
+        """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -257,7 +263,8 @@ class TokenformerForCausalLM(TokenformerPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
