@@ -13,9 +13,10 @@ import torch
 from models import tiny
 from safetensors.torch import load_file, save_file
 
-from tokenformer.checkpoint import Lineage, load_checkpoint, save_checkpoint, verify_checkpoint, weights_digest
+from tokenformer.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint, weights_digest
 from tokenformer.data import make_tokenizer
 from tokenformer.errors import CheckpointError, TokenizerError
+from tokenformer.lineage import Lineage
 
 LINEAGE = Lineage().then(
     "train", data={"source": "x"}, seed=3, text_tokens_seen=1000, training_flops=1e9, training_seconds=2.5, loss=1.5

@@ -14,7 +14,8 @@ import torch
 import yaml
 
 from tokenformer import cli
-from tokenformer.checkpoint import Lineage, load_checkpoint, save_checkpoint, verify_checkpoint
+from tokenformer.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from tokenformer.lineage import Lineage
 from tokenformer.recipe import EXAMPLE, parse_recipe
 
 RECIPE = {

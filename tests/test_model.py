@@ -322,6 +322,7 @@ def test_speaks_gpt_neox_rotary_and_attention():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"num_hidden_layers": "3"}, "expected int, got str"),
         ({"hidden_size": 65}, "65 is not a multiple of num_attention_heads 4"),
         ({"norm_activation_type": "l2"}, "must be one of l2_norm_gelu"),
         ({"qkv_param_tokens": -3}, "-3 parameter tokens"),

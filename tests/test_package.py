@@ -15,10 +15,11 @@ ROOT = Path(tokenformer.__file__).parent
 # Lower layers never import higher ones; modules of one layer may import each other, but not in a circle.
 LAYERS = [
     {"errors", "models.pattention", "models.configuration_tokenformer", "models.modeling_tokenformer", "models"},
-    {"growth", "growth.grow", "cost"},
+    {"growth", "growth.grow", "cost", "convert", "convert.official", "lineage"},
+    {"card"},
     {"recipe", "checkpoint", "sources"},
     {"data", "evaluate", "optimization"},
-    {"preparation"},
+    {"preparation", "hub", "convert.files"},
     {"train"},
     {"progress"},
     {"cli"},
@@ -103,7 +104,8 @@ def test_public_api_is_pinned():
 
 
 def test_command_line_is_pinned():
-    commands = typer.main.get_command(app).commands
+    commands = dict(typer.main.get_command(app).commands)
+    commands |= {f"convert {name}": command for name, command in commands.pop("convert").commands.items()}
     flags = {
         name: sorted(
             o for p in command.params for o in ([*p.opts] if p.param_type_name == "option" else [p.name.upper()])
@@ -128,6 +130,10 @@ def test_command_line_is_pinned():
         "inspect": ["CHECKPOINT"],
         "generate": ["--max-new-tokens", "--seed", "--temperature", "--top-k", "CHECKPOINT", "PROMPT"],
         "recipe": ["--explain"],
+        "evaluate": ["--batch-size", "--limit", "--sequence-length", "--tasks", "--text", "CHECKPOINT"],
+        "push": ["--license", "--private", "CHECKPOINT", "REPOSITORY"],
+        "convert official": ["--config", "--force", "--output", "--tokenizer", "-o", "WEIGHTS"],
+        "convert to-official": ["--force", "--output", "-o", "CHECKPOINT"],
     }
     assert all(p.help for c in commands.values() for p in c.params if p.param_type_name == "option")
 

@@ -1,7 +1,7 @@
 """Checkpoints on disk: written whole or not at all, verified before use, and carrying their lineage.
 
-A checkpoint is a folder that transformers can load (config.json, model.safetensors, tokenizer files) plus
-`lineage.json`, the history of what was done to get there.
+A checkpoint is a folder that transformers can load (config.json, model.safetensors, tokenizer files, the model's code)
+plus `lineage.json`, the history of what was done to get there, and README.md, the model card made from it.
 """
 
 from __future__ import annotations
@@ -10,83 +10,32 @@ import hashlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import pydantic
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.serialization import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
 
+from .card import model_card
 from .errors import CheckpointError, TokenizerError
+from .lineage import Lineage
 from .models.configuration_tokenformer import TokenformerConfig
 from .models.modeling_tokenformer import TokenformerForCausalLM
 
 LINEAGE_FILE = "lineage.json"
+CARD_FILE = "README.md"
+# Small enough that reading, transposing and writing a model of any size fits in about a gigabyte.
+_SHARD_BYTES = 500_000_000
 
-
-class Event(pydantic.BaseModel):
-    """One thing that happened to a checkpoint.
-
-    Costs are totals up to and including this event, so that the last one tells what the checkpoint cost.
-    """
-
-    operation: str
-    """"train" or "grow"."""
-    arguments: dict[str, Any] = {}
-    """What it was asked to do."""
-    parent: str | None = None
-    """sha256 of the weights it started from; null for random ones, and for grown ones that were never written."""
-    recipe: dict[str, Any] | None = None
-    """The whole training recipe."""
-    data: dict[str, Any] | None = None
-    """What the text was: source, tokenizer, held-out text."""
-    seed: int | None = None
-    """Of everything random in it."""
-    text_tokens_seen: int = 0
-    """Text tokens trained on."""
-    training_flops: float = 0.0
-    """FLOPs spent on training."""
-    training_seconds: float = 0.0
-    """Wall time spent on training."""
-    loss: float | None = None
-    """Validation loss afterwards, in nats per text token."""
-    bits_per_byte: float | None = None
-    """Validation loss afterwards, in bits per UTF-8 byte."""
-    date: str = pydantic.Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    """When, in UTC."""
-    versions: dict[str, str] = pydantic.Field(
-        default_factory=lambda: {
-            "python": ".".join(map(str, sys.version_info[:3])),
-            **{package: metadata.version(package) for package in ("tokenformer", "torch", "transformers")},
-        }
-    )
-    """Of the software that did it."""
-
-
-class Lineage(pydantic.BaseModel):
-    """Where a checkpoint came from: its history, oldest event first, and the digest of the weights it led to."""
-
-    weights_sha256: str | None = None
-    history: list[Event] = []
-
-    @property
-    def last(self) -> Event:
-        """The newest event, or an empty one."""
-        return self.history[-1] if self.history else Event(operation="unknown")
-
-    def then(self, operation: str, **event: Any) -> Lineage:
-        """Return this lineage with one more event, which carries the costs on where it does not state them."""
-        fields = ("text_tokens_seen", "training_flops", "training_seconds")
-        costs = {field: getattr(self.last, field) for field in fields}
-        new = Event(**{"operation": operation, "parent": self.weights_sha256, **costs, **event})
-        return Lineage(history=[*self.history, new])
+Weights = Callable[[Sequence[str]], dict[str, Tensor]]
+OnProgress = Callable[[int, int], None]
 
 
 def save_checkpoint(
@@ -97,23 +46,58 @@ def save_checkpoint(
     *,
     force: bool = False,
     extra: Callable[[Path], None] | None = None,
+    weights: Weights | None = None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> Lineage:
     """Write a checkpoint to `path` through a temporary sibling, and return its lineage with the weights' digest.
 
-    `extra` may write further files into the folder before it gets its name.
+    Args:
+        path: the new folder.
+        model: what to write; on the meta device where `weights` is given.
+        tokenizer: to write beside it.
+        lineage: what happened up to here.
+        force: replace what stands at `path`.
+        extra: may write further files into the folder before it gets its name.
+        weights: gives the tensors of these names, for models that need not fit in memory: called for one shard after
+            the other, each written before the next is asked for.
+        on_progress: called with bytes written so far and in all, where `weights` is given.
 
     Raises:
         CheckpointError: `path` exists and not `force`, or it cannot be written (full disk, no permission).
     """
     with replacing(Path(path), force=force) as folder:
-        model.save_pretrained(folder)
+        if weights is None:
+            model.save_pretrained(folder)
+        else:
+            _save_streamed(folder, model, weights, on_progress)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if extra is not None:
             extra(folder)
         lineage = lineage.model_copy(update={"weights_sha256": weights_digest(folder)})
         (folder / LINEAGE_FILE).write_text(lineage.model_dump_json(indent=2, exclude_none=True) + "\n")
+        (folder / CARD_FILE).write_text(model_card(model.config, lineage), encoding="utf-8")
     return lineage
+
+
+def _save_streamed(folder: Path, model: TokenformerForCausalLM, weights: Weights, on_progress: OnProgress) -> None:
+    """Do what `save_pretrained` does for a model whose weights come shard by shard."""
+    config = model.config
+    config.architectures, config.dtype = [type(model).__name__], model.dtype
+    custom_object_save(model, folder, config)
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    shapes = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=_SHARD_BYTES)
+    total, done = int(split.metadata["total_size"]), 0
+    for file, names in split.filename_to_tensors.items():
+        on_progress(done, total)
+        save_file(weights(names), folder / file, metadata={"format": "pt"})
+        done += sum(shapes[name].nbytes for name in names)
+    on_progress(total, total)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def load_checkpoint(
@@ -151,12 +135,17 @@ def load_tokenizer(path: str | Path, config: TokenformerConfig) -> PreTrainedTok
         raise CheckpointError(f"checkpoint {path} is damaged: its tokenizer cannot be read: {error}") from error
     if tokenizer.eos_token_id is None:
         raise TokenizerError(f"the tokenizer in {path} has no end-of-text token, which separates documents; set one")
+    check_tokenizer(tokenizer, config, where=f"in {path}")
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: TokenformerConfig, *, where: str) -> None:
+    """Raise TokenizerError if the tokenizer `where` has entries the model has no embedding for."""
     if len(tokenizer) > config.vocab_size:
         raise TokenizerError(
-            f"the tokenizer in {path} has {len(tokenizer)} entries but the model's embedding only {config.vocab_size}: "
-            "they do not belong together; put the tokenizer back that the model was trained with"
+            f"the tokenizer {where} has {len(tokenizer)} entries but the model's embedding only {config.vocab_size}: "
+            "they do not belong together; take the tokenizer that the model was trained with"
         )
-    return tokenizer
 
 
 def read_config(path: str | Path) -> TokenformerConfig:
@@ -184,7 +173,7 @@ def verify_checkpoint(path: str | Path) -> Lineage:
         CheckpointError: missing, damaged or truncated files, or weights that are not those the lineage names.
     """
     read_config(path)
-    for file in _weight_files(Path(path)):
+    for file in weight_files(Path(path)):
         try:
             with safe_open(file, framework="pt") as tensors:
                 tensors.keys()
@@ -210,8 +199,13 @@ def verify_checkpoint(path: str | Path) -> Lineage:
 
 def weights_digest(path: str | Path) -> str:
     """Return the sha256 over the weight files of a checkpoint, in the order of their names."""
+    return files_digest(weight_files(Path(path)))
+
+
+def files_digest(files: Iterable[Path]) -> str:
+    """Return the sha256 over the contents of `files`, one after the other."""
     digest = hashlib.sha256()
-    for file in _weight_files(Path(path)):
+    for file in files:
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
@@ -284,7 +278,7 @@ def _replaced(path: Path) -> Path:
     return path.with_name(f".{path.name}.replaced")
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     files = sorted(path.glob("*.safetensors"))
     index = path / "model.safetensors.index.json"
     try:

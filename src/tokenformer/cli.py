@@ -22,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+converters = typer.Typer(help="Other formats' checkpoints into ours, and back.", no_args_is_help=True)
+app.add_typer(converters, name="convert")
 Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output.")]
 Checkpoint = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", metavar="CHECKPOINT")]
 
@@ -189,6 +191,130 @@ def generate(
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         **sampling,
     )
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    text: Annotated[
+        list[str] | None, typer.Option(help="File, folder, glob or dataset to read; may be repeated.", metavar="SOURCE")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval's tasks, or task files, separated by commas.", metavar="TASKS")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task.  [default: all]", min=1)] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Text tokens in a block of text.  [default: as trained]", min=2)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Blocks or requests at a time.", min=1)] = 16,
+) -> None:
+    """Measure bits per byte on any text, and run lm-eval's tasks."""
+    import torch
+
+    from .checkpoint import load_checkpoint
+    from .errors import EvaluationError, TokenizerError
+    from .evaluate import evaluate_tasks, evaluate_text
+    from .progress import quiet_libraries, task_table
+    from .recipe import parse_recipe
+
+    quiet_libraries()
+    if not text and not tasks:
+        raise EvaluationError("nothing to evaluate on: give --text SOURCE, --tasks TASKS, or both")
+    model, tokenizer, lineage = load_checkpoint(checkpoint)
+    if tokenizer is None:
+        raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")
+    model.to(torch.accelerator.current_accelerator() or "cpu")
+    console = Console()
+    if text:
+        trained = parse_recipe(lineage.last_recipe).training.sequence_length if lineage.last_recipe else None
+        length = sequence_length or trained or model.config.max_position_embeddings
+        title = f"Text, in blocks of {length:,} text tokens"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("source", "text tokens", "loss", "bits/byte"):
+            table.add_column(column, justify="left" if column == "source" else "right")
+        for source in text:
+            found = evaluate_text(model, tokenizer, source, sequence_length=length, batch_size=batch_size)
+            table.add_row(source, f"{found.text_tokens:,}", f"{found.loss:.4f}", f"{found.bits_per_byte:.4f}")
+        console.print(table)
+    if tasks:
+        results = evaluate_tasks(model, tokenizer, tasks.split(","), limit=limit, batch_size=batch_size)
+        console.print(task_table(results))
+
+
+@app.command()
+def push(
+    checkpoint: Checkpoint,
+    repository: Annotated[str, typer.Argument(help="On the Hub: USER/NAME.", metavar="REPOSITORY")],
+    license: Annotated[str | None, typer.Option(help="Of the weights, for the model card: apache-2.0, …")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Only you can see it, if it is new.")] = False,
+) -> None:
+    """Publish a checkpoint on the Hugging Face Hub, with its model card."""
+    from .hub import push_to_hub
+    from .progress import quiet_libraries
+
+    quiet_libraries()
+    address = push_to_hub(checkpoint, repository, private=private, license=license)
+    Console().print(f"Published: {address}", markup=False, soft_wrap=True)
+
+
+@converters.command("official")
+def convert_official(
+    weights: Annotated[Path, typer.Argument(help="pytorch_model.bin, or a folder of layer files.", metavar="WEIGHTS")],
+    config: Annotated[Path, typer.Option(help="The official YAML, such as 150M_eval.yml.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new checkpoint.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="To keep beside it: tokenizer.json, folder or name (official: GPT-NeoX-20B's).")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Turn an official TokenFormer checkpoint into an ordinary Hugging Face model."""
+    from rich.progress import Progress
+
+    from .convert.files import convert_official as run
+    from .progress import quiet_libraries, stage_table
+
+    quiet_libraries()
+    console = Console()
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("writing", total=None)
+        run(
+            weights,
+            config,
+            output,
+            tokenizer=tokenizer,
+            force=force,
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    console.print(stage_table([("converted", output)]))
+    console.print(f"Written: {output}", markup=False, soft_wrap=True)
+    if tokenizer is None:
+        console.print("Without a tokenizer it reads and writes ids only; --tokenizer keeps GPT-NeoX-20B's beside it.")
+
+
+@converters.command("to-official")
+def convert_to_official(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file, such as pytorch_model.bin.")],
+    force: Force = False,
+) -> None:
+    """Write a checkpoint as the official code reads it: one file, and its YAML beside it."""
+    from .checkpoint import read_config
+    from .convert.files import convert_to_official as run
+    from .convert.official import expressed_tokens
+    from .models.configuration_tokenformer import PROJECTIONS
+    from .progress import quiet_libraries
+
+    quiet_libraries()
+    described = run(checkpoint, output, force=force)
+    config, console = read_config(checkpoint), Console()
+    for projection, count in expressed_tokens(config).items():
+        extra = count - getattr(config, f"{projection}_param_tokens")
+        if extra:
+            console.print(
+                f"{projection}: {extra} parameter tokens without value were added to each of "
+                f"{len(PROJECTIONS[projection])} map(s) a block, because the official code would take another τ"
+            )
+    console.print(f"Written: {output} and {described}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -63,7 +63,7 @@ def make_tokenizer(spec: str, documents: Documents) -> PreTrainedTokenizerBase:
 
     Args:
         spec: "bpe:N" (byte-level BPE of N entries trained on `documents`; fewer where the text has no more to merge),
-            "bytes" (257 entries), or a Hugging Face tokenizer's name or folder.
+            "bytes" (257 entries), or what `open_tokenizer` opens.
         documents: the training text.
 
     Raises:
@@ -95,15 +95,33 @@ def make_tokenizer(spec: str, documents: Documents) -> PreTrainedTokenizerBase:
             pad_token=END_OF_TEXT,
             clean_up_tokenization_spaces=False,
         )
+    return open_tokenizer(spec)
+
+
+def open_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
+    """Open an existing tokenizer: a Hugging Face name, a folder, or a single tokenizer.json.
+
+    A bare tokenizer.json does not say which entry ends a text; "<|endoftext|>" does, GPT-NeoX's name for it.
+
+    Raises:
+        TokenizerError: there is none, or it has no end-of-text token.
+    """
     try:
-        loaded = AutoTokenizer.from_pretrained(spec)
+        if Path(spec).is_file():
+            loaded: Any = PreTrainedTokenizerFast(tokenizer_file=str(spec))
+            if END_OF_TEXT in loaded.get_vocab():
+                loaded.add_special_tokens({"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT})
+        else:
+            loaded = AutoTokenizer.from_pretrained(spec)
     except Exception as error:  # a damaged file can fail in as many ways as a hub; all mean there is no tokenizer
         raise TokenizerError(
-            f'tokenizer {spec!r} is neither "bytes", "bpe:N", a folder with a tokenizer nor a name that could be '
-            f"downloaded: {first_line(error)}"
+            f'tokenizer {str(spec)!r} is neither "bytes", "bpe:N", a tokenizer.json, a folder with a tokenizer nor a '
+            f"name that could be downloaded: {first_line(error)}"
         ) from error
     if loaded.eos_token_id is None:
-        raise TokenizerError(f"tokenizer {spec!r} has no end-of-text token, which separates documents; choose another")
+        raise TokenizerError(
+            f"tokenizer {str(spec)!r} has no end-of-text token, which separates documents; choose another"
+        )
     return loaded
 
 

@@ -5,7 +5,11 @@
     ├── DataError            text that is missing, empty, unreadable or too little
     ├── TokenizerError       a tokenizer that cannot be loaded or does not fit the model
     ├── GrowthError          an operation on token groups that is not defined
-    └── CheckpointError      a checkpoint that is missing, damaged, in the way or cannot be written
+    ├── CheckpointError      a checkpoint that is missing, damaged, in the way or cannot be written
+    ├── ConversionError      another format's checkpoint that cannot be read, or a model that it cannot express
+    ├── EvaluationError      a task that is unknown or cannot be run
+    ├── HubError             the Hugging Face Hub cannot be reached or refuses
+    └── MissingExtraError    a package that only some commands need is not installed
 
 Each message says what was asked, what was found and what to do.
 """
@@ -33,3 +37,19 @@ class GrowthError(TokenformerError):
 
 class CheckpointError(TokenformerError):
     """A checkpoint that is missing, damaged, in the way or cannot be written."""
+
+
+class ConversionError(TokenformerError):
+    """Another format's checkpoint that cannot be read, or a model that it cannot express."""
+
+
+class EvaluationError(TokenformerError):
+    """A task that is unknown or cannot be run."""
+
+
+class HubError(TokenformerError):
+    """The Hugging Face Hub cannot be reached or refuses."""
+
+
+class MissingExtraError(TokenformerError):
+    """A package that only some commands need is not installed."""

@@ -1,13 +1,19 @@
-"""Validation loss of a language model: nats per text token and bits per byte."""
+"""How good a language model is: nats per text token and bits per byte on text, and lm-eval's tasks."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .data import pack, utf8_bytes
+from .errors import EvaluationError, MissingExtraError
+from .sources import first_line, load_documents
 
 
 @dataclass(frozen=True)
@@ -58,3 +64,66 @@ def evaluate(
         count += int((labels != -100).sum())
     model.train(was_training)
     return Evaluation(total / count, total / math.log(2) / num_bytes, count)
+
+
+def evaluate_text(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: str, *, sequence_length: int, batch_size: int = 16
+) -> Evaluation:
+    """Predict all text of `source`, packed as in training: documents apart by end-of-text, in blocks.
+
+    Args:
+        model: any transformers causal language model.
+        tokenizer: its tokenizer, with an end-of-text token.
+        source: as `data.source` of a recipe: a name, file, folder or glob.
+        sequence_length: text tokens in a block; the first of each is context only.
+        batch_size: blocks per forward pass.
+
+    Raises:
+        DataError: there is no such text, or it cannot be read.
+    """
+    documents = load_documents(source, text_column="text", split="train", streaming=False)
+    blocks = pack(documents, tokenizer, block_length=sequence_length, keep_tail=True)
+    return evaluate(model, blocks, num_bytes=utf8_bytes(documents), batch_size=batch_size)
+
+
+def evaluate_tasks(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 16,
+) -> dict[str, Any]:
+    """Run lm-eval's tasks and return its results, as `lm_eval --model hf` gives them.
+
+    Args:
+        model: any transformers causal language model.
+        tokenizer: its tokenizer.
+        tasks: names that lm-eval knows, or task files (YAML).
+        limit: documents of each task; default all.
+        batch_size: requests per forward pass.
+
+    Raises:
+        MissingExtraError: lm-eval is not installed.
+        EvaluationError: a task is unknown, or its data cannot be loaded.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise MissingExtraError(
+            f"tasks need lm-eval, which cannot be imported ({error}): pip install 'tokenformer[evaluate]'"
+        ) from error
+    manager = TaskManager()
+    unknown = [task for task in tasks if task not in manager.all_tasks and not Path(task).is_file()]
+    if unknown:
+        raise EvaluationError(
+            f"lm-eval knows no task {', '.join(map(repr, unknown))}, and there is no such file; `lm_eval ls tasks` "
+            "lists what it knows"
+        )
+    harness = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+    try:
+        return lm_eval.simple_evaluate(harness, tasks=tasks, limit=limit, task_manager=manager, log_samples=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # what a missing file, data set or field becomes there
+        raise EvaluationError(f"lm-eval could not run {', '.join(tasks)}: {first_line(error)}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from . import cost
-from .checkpoint import Lineage, read_config, verify_checkpoint
+from .checkpoint import read_config, verify_checkpoint
+from .lineage import Lineage
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to us: transformers and datasets draw bars of their own around every small file."""
+    """Leave the terminal to us: transformers and datasets draw bars of their own, lm-eval explains what we know."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -117,6 +120,24 @@ def lineage_table(lineage: Lineage) -> Table:
             f"{event.training_flops:.2e}",
             "–" if event.loss is None else f"{event.loss:.4f}",
         )
+    return table
+
+
+def task_table(results: dict[str, Any]) -> Table:
+    """Tabulate what `evaluate_tasks` returns: a row for each metric of each task, with its standard error."""
+    table = Table(title="Tasks", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("task", "documents", "metric", "value", "± s.e."):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for task, metrics in results["results"].items():
+        documents = results["n-samples"].get(task, {}).get("effective", "")
+        for key, value in metrics.items():
+            metric, _, filtered = key.partition(",")
+            if not filtered or metric.endswith("_stderr"):
+                continue
+            error = metrics.get(f"{metric}_stderr,{filtered}")
+            name = metric if filtered == "none" else f"{metric} ({filtered})"
+            spread = f"{error:.4f}" if isinstance(error, float) else "–"
+            table.add_row(task, str(documents), name, f"{value:.4f}", spread)
     return table
 
 

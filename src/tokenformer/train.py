@@ -24,7 +24,6 @@ from transformers.trainer_callback import PrinterCallback
 
 from . import cost
 from .checkpoint import (
-    Lineage,
     disk_errors,
     load_checkpoint,
     save_checkpoint,
@@ -32,6 +31,7 @@ from .checkpoint import (
 from .data import TextData, training_order
 from .errors import CheckpointError, DataError
 from .evaluate import Evaluation, evaluate
+from .lineage import Lineage
 from .models.modeling_tokenformer import TokenformerForCausalLM
 from .optimization import (
     OPTIMIZER_FILE,

@@ -1,6 +1,7 @@
-"""Configuration of a TokenFormer language model, and the named sizes of the paper."""
+"""Configuration of a TokenFormer language model, and the named sizes of the paper.
 
-from __future__ import annotations
+No postponed annotations here: `strict` would then leave the types of the fields unchecked.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -162,7 +163,7 @@ class TokenformerConfig(PreTrainedConfig):
         return plan
 
     @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> TokenformerConfig:
+    def from_preset(cls, name: str, **overrides: Any) -> "TokenformerConfig":
         """Return the named size, for example `"150m"` or `"150m-ffn"`; see `PRESETS`.
 
         Raises:

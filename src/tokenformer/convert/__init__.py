@@ -1,0 +1,1 @@
+"""Checkpoints of other code into ours and back: name tables and small functions of tensors."""

@@ -1,0 +1,73 @@
+"""Where a checkpoint came from: the history of what was done to get there, kept beside its weights as lineage.json."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import pydantic
+
+
+class Event(pydantic.BaseModel):
+    """One thing that happened to a checkpoint.
+
+    Costs are totals up to and including this event, so that the last one tells what the checkpoint cost.
+    """
+
+    operation: str
+    """"train", "grow" or "convert"."""
+    arguments: dict[str, Any] = {}
+    """What it was asked to do."""
+    parent: str | None = None
+    """sha256 of the weights it started from; null for random ones, and for grown ones that were never written."""
+    recipe: dict[str, Any] | None = None
+    """The whole training recipe."""
+    data: dict[str, Any] | None = None
+    """What the text was: source, tokenizer, held-out text."""
+    seed: int | None = None
+    """Of everything random in it."""
+    text_tokens_seen: int = 0
+    """Text tokens trained on."""
+    training_flops: float = 0.0
+    """FLOPs spent on training."""
+    training_seconds: float = 0.0
+    """Wall time spent on training."""
+    loss: float | None = None
+    """Validation loss afterwards, in nats per text token."""
+    bits_per_byte: float | None = None
+    """Validation loss afterwards, in bits per UTF-8 byte."""
+    date: str = pydantic.Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    """When, in UTC."""
+    versions: dict[str, str] = pydantic.Field(
+        default_factory=lambda: {
+            "python": ".".join(map(str, sys.version_info[:3])),
+            **{package: metadata.version(package) for package in ("tokenformer", "torch", "transformers")},
+        }
+    )
+    """Of the software that did it."""
+
+
+class Lineage(pydantic.BaseModel):
+    """Where a checkpoint came from: its history, oldest event first, and the digest of the weights it led to."""
+
+    weights_sha256: str | None = None
+    history: list[Event] = []
+
+    @property
+    def last(self) -> Event:
+        """The newest event, or an empty one."""
+        return self.history[-1] if self.history else Event(operation="unknown")
+
+    @property
+    def last_recipe(self) -> dict[str, Any] | None:
+        """The recipe of the last training, or None where there was none."""
+        return next((event.recipe for event in reversed(self.history) if event.recipe), None)
+
+    def then(self, operation: str, **event: Any) -> Lineage:
+        """Return this lineage with one more event, which carries the costs on where it does not state them."""
+        fields = ("text_tokens_seen", "training_flops", "training_seconds")
+        costs = {field: getattr(self.last, field) for field in fields}
+        new = Event(**{"operation": operation, "parent": self.weights_sha256, **costs, **event})
+        return Lineage(history=[*self.history, new])
