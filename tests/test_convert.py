@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny, tokens
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
-from tokenformer import TokenformerConfig, TokenformerForCausalLM, grow
+from tokenformer import TokenformerConfig, TokenformerForCausalLM, cli, grow
 from tokenformer.checkpoint import load_checkpoint, save_checkpoint, weights_digest
 from tokenformer.convert.files import convert_official, convert_to_official
 from tokenformer.convert.official import config_from_official, express, official_tensors
@@ -424,6 +425,29 @@ def test_nothing_is_overwritten(tmp_path):
     convert_to_official(tmp_path / "ours", weights, force=True)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         convert_to_official(tmp_path / "nothing", tmp_path / "model.bin")
+
+
+def test_command_line_both_ways(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, *golden_case()[:2])
+    done = CliRunner().invoke(
+        cli.app, ["convert", "official", "pytorch_model.bin", "--config", "eval.yml", "-o", "ours"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "Written: ours" in done.output and "--tokenizer keeps" in done.output and "0.20 M" in done.output
+    model, _, _ = load_checkpoint("ours")
+    grow(model, ffn_param_tokens="+100%", name="more")
+    save_checkpoint("grown", model, None, Lineage())
+    done = CliRunner().invoke(cli.app, ["convert", "to-official", "grown", "-o", "grown.bin"])
+    assert done.exit_code == 0, done.output
+    assert "ffn: 64 parameter tokens without value were added to each of 1 map(s)" in done.output
+    assert "Written: grown.bin and grown.yml" in done.output
+    with pytest.raises(CheckpointError, match="ours exists already"):
+        CliRunner().invoke(
+            cli.app,
+            ["convert", "official", "pytorch_model.bin", "--config", "eval.yml", "-o", "ours"],
+            catch_exceptions=False,
+        )
 
 
 def test_config_without_package_defaults():

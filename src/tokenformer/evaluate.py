@@ -115,8 +115,9 @@ def evaluate_tasks(
         raise MissingExtraError(
             f"tasks need lm-eval, which cannot be imported ({error}): pip install 'tokenformer[evaluate]'"
         ) from error
-    manager = TaskManager()
-    unknown = [task for task in tasks if task not in manager.all_tasks and not Path(task).is_file()]
+    named = [task for task in tasks if not Path(task).is_file()]
+    manager = TaskManager(include_defaults=bool(named))  # finding the thousands that lm-eval brings takes seconds
+    unknown = [task for task in named if task not in manager.all_tasks]
     if unknown:
         raise EvaluationError(
             f"lm-eval knows no task {', '.join(map(repr, unknown))}, and there is no such file; `lm_eval ls tasks` "

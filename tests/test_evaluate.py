@@ -1,0 +1,154 @@
+"""Our own evaluation and lm-eval's agree, text by text and answer by answer."""
+
+import json
+import math
+
+import pytest
+import torch
+from models import tiny
+from typer.testing import CliRunner
+
+from tokenformer import cli
+from tokenformer.checkpoint import save_checkpoint
+from tokenformer.data import make_tokenizer
+from tokenformer.errors import EvaluationError, MissingExtraError, TokenformerError
+from tokenformer.evaluate import evaluate_tasks, evaluate_text
+from tokenformer.lineage import Lineage
+
+TEXT = "Shall I compare thee to a summer's day? Thou art more lovely — and more temperate.\n" * 3
+CHOICES = [
+    {"question": "To be, or not to", "choices": [" be", " see", " bee, that is"], "answer": 0},
+    {"question": "All the world's a", "choices": [" stage", " cage", " page"], "answer": 1},
+]
+
+
+@pytest.fixture
+def model():
+    """With a context long enough that nobody cuts the text up; other cuts would be other predictions."""
+    return tiny(vocab_size=257, max_position_embeddings=512).double()
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer("bytes", None)
+
+
+def task(folder, rows, **fields):
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {
+        "task": "local_task",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        **fields,
+    }
+    (folder / "task.yaml").write_text(json.dumps(content))
+    return str(folder / "task.yaml")
+
+
+@pytest.fixture
+def text_task(tmp_path):
+    metrics = [{"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}]
+    return task(
+        tmp_path,
+        [{"page": TEXT}],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{page}}",
+        metric_list=metrics,
+    )
+
+
+@pytest.fixture
+def choice_task(tmp_path):
+    return task(
+        tmp_path,
+        CHOICES,
+        output_type="multiple_choice",
+        doc_to_text="{{question}}",
+        doc_to_choice="{{choices}}",
+        doc_to_target="{{answer}}",
+        metric_list=[{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    )
+
+
+def log_likelihood(model, tokenizer, context, continuation):
+    """Sum of log-probabilities, one forward pass, no library."""
+    ids = [tokenizer.eos_token_id, *tokenizer(context + continuation)["input_ids"]]
+    new = len(tokenizer(continuation)["input_ids"])
+    with torch.no_grad():
+        predicted = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(predicted[i - 1, ids[i]].item() for i in range(len(ids) - new, len(ids)))
+
+
+def test_bits_per_byte_are_lm_evals(model, tokenizer, text_task, tmp_path):
+    results = evaluate_tasks(model, tokenizer, [text_task])
+    (tmp_path / "page.txt").write_text(TEXT)
+    ours = evaluate_text(model, tokenizer, str(tmp_path / "page.txt"), sequence_length=512)
+    # We also predict that the document ends, which lm-eval does not ask.
+    ids = [tokenizer.eos_token_id, *tokenizer(TEXT)["input_ids"]]
+    assert ours.text_tokens == len(ids)
+    with torch.no_grad():
+        end = -model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[tokenizer.eos_token_id].item()
+    want = (ours.loss * ours.text_tokens - end) / math.log(2) / len(TEXT.encode())
+    assert results["results"]["local_task"]["bits_per_byte,none"] == pytest.approx(want, rel=1e-6)
+    by_hand = log_likelihood(model, tokenizer, "", TEXT)
+    assert ours.loss * ours.text_tokens == pytest.approx(end - by_hand, rel=1e-6)
+
+
+def test_choices_are_those_of_our_log_likelihoods(model, tokenizer, choice_task):
+    results = evaluate_tasks(model, tokenizer, [choice_task])
+    right = 0
+    for row in CHOICES:
+        likelihoods = [log_likelihood(model, tokenizer, row["question"], choice) for choice in row["choices"]]
+        right += likelihoods.index(max(likelihoods)) == row["answer"]
+    assert results["results"]["local_task"]["acc,none"] == right / len(CHOICES)
+    limited = evaluate_tasks(model, tokenizer, [choice_task], limit=1)
+    assert limited["n-samples"]["local_task"]["effective"] == 1
+
+
+def test_lm_eval_log_likelihoods_are_ours(model, tokenizer):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    pairs = [(row["question"], choice) for row in CHOICES for choice in row["choices"]]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    answers = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer).loglikelihood(requests, disable_tqdm=True)
+    # lm-eval puts no end-of-text in front of a context that is not empty.
+    for (context, continuation), (got, _) in zip(pairs, answers, strict=True):
+        ids = tokenizer(context + continuation)["input_ids"]
+        new = len(tokenizer(continuation)["input_ids"])
+        with torch.no_grad():
+            predicted = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        want = sum(predicted[i - 1, ids[i]].item() for i in range(len(ids) - new, len(ids)))
+        assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_command_line(model, tokenizer, choice_task, tmp_path):
+    save_checkpoint(tmp_path / "ours", model.float(), tokenizer, Lineage())
+    (tmp_path / "page.txt").write_text(TEXT)
+    arguments = ["evaluate", str(tmp_path / "ours"), "--text", str(tmp_path / "page.txt"), "--tasks", choice_task]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "in blocks of 512 text tokens" in done.output and "local_task" in done.output and "acc" in done.output
+    with pytest.raises(EvaluationError, match="nothing to evaluate on: give --text"):
+        CliRunner().invoke(cli.app, arguments[:2], catch_exceptions=False)
+
+
+def test_unknown_tasks(model, tokenizer, choice_task):
+    with pytest.raises(EvaluationError, match=r"knows no task 'pica', 'missing\.yaml', and there is no such file"):
+        evaluate_tasks(model, tokenizer, ["pica", "piqa", choice_task, "missing.yaml"])
+
+
+def test_tasks_whose_data_cannot_be_had(model, tokenizer, choice_task, tmp_path):
+    (tmp_path / "data.jsonl").unlink()
+    with pytest.raises(EvaluationError, match="could not run"):
+        evaluate_tasks(model, tokenizer, [choice_task])
+
+
+def test_the_missing_extra_is_named(model, tokenizer, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'tokenformer\[evaluate\]'"):
+        evaluate_tasks(model, tokenizer, ["anything"])
+    assert issubclass(MissingExtraError, TokenformerError)
