@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import GrowthError
 from ..models.configuration_tokenformer import PRESETS, PROJECTIONS
@@ -45,7 +46,8 @@ def grow(
 
     Raises:
         GrowthError: a total below the current one, nothing to grow, an unknown preset or one of another width, a name
-            already taken or impossible, or `softmax` where tokens exist. The model is then untouched.
+            already taken or impossible, `softmax` where tokens exist, or new blocks where maps are quantised or
+            adapted. The model is then untouched.
     """
     config: Any = model.config
     asked: dict[str, Amount | None] = {
@@ -72,6 +74,7 @@ def grow(
                 "l2_norm_gelu and gelu_l2_norm models can gain tokens (depth can grow under softmax, too)"
             )
     if target["num_hidden_layers"] > current["num_hidden_layers"]:
+        _check_last_maps(model)
         _insert_blocks(model, target["num_hidden_layers"])
     if any(added.values()):
         for projection, layers in model.pattention_layers.items():
@@ -143,14 +146,30 @@ def _insert_blocks(model: TokenformerPreTrainedModel, total: int) -> None:
             new = copy.deepcopy(block).requires_grad_()
             new.zero_grad(set_to_none=True)
             for name in (*PROJECTIONS["output"], *PROJECTIONS["ffn"]):
-                layer = new.get_submodule(name)
-                maps = [layer.linear] if layer.linear is not None else []
-                for linear in maps + [group.values for group in layer.groups.values()]:
+                for linear in _last_maps(new.get_submodule(name)):
                     linear.weight.zero_()
             blocks.append(new)
     for i, block in enumerate(blocks):
         block.self_attn.layer_idx = i
     model.base_model.layers = nn.ModuleList(blocks)
+
+
+def _last_maps(layer: Any) -> list[Any]:
+    """Return the maps whose outputs a Pattention adds up: with zeros there it gives zeros."""
+    return ([] if layer.linear is None else [layer.linear]) + [group.values for group in layer.groups.values()]
+
+
+def _check_last_maps(model: TokenformerPreTrainedModel) -> None:
+    """Refuse maps that are not their weight alone (LoRA) or whose weight cannot be set to zero (int8)."""
+    for projection in ("output", "ffn"):
+        for linear in (m for layer in model.pattention_layers[projection] for m in _last_maps(layer)):
+            odd = linear if type(linear) is not nn.Linear else linear.weight
+            if type(odd) not in (nn.Parameter, DTensor):
+                raise GrowthError(
+                    "cannot add blocks: a new one starts with zero weights, so that it changes nothing, but here is a "
+                    f"{type(odd).__module__}.{type(odd).__name__}; merge adapters first (merge_and_unload of peft), "
+                    "and grow before quantising"
+                )
 
 
 def _describe(sizes: dict[str, int]) -> str:
