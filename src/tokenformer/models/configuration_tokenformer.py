@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .pattention import BASE_GROUP, NORM_ACTIVATION_TYPES, check_group, default_tau
+from .pattention import BASE_GROUP, DEFAULT_EPS, NORM_ACTIVATION_TYPES, check_group, default_tau
 
 # Which maps of a block each count in the configuration speaks about: "qkv" tokens go to each of the three.
 PROJECTIONS: dict[str, tuple[str, ...]] = {
@@ -78,7 +78,7 @@ class TokenformerConfig(PreTrainedConfig):
     output_tau: float | None = None
     ffn_tau: float | None = None
     norm_activation_type: str = "l2_norm_gelu"
-    pattention_eps: float = 1e-8
+    pattention_eps: float = DEFAULT_EPS
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     max_position_embeddings: int = 2048

@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 
 NORM_ACTIVATION_TYPES = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 BASE_GROUP = "base"
+# Far below any squared norm of trained scores, and above 1e-8, which optimizers of exported graphs take for 0.
+DEFAULT_EPS = 1e-7
 # What a model has beside token groups, in the words in which a recipe freezes it.
 _OTHER_PARTS = ("embedding", "final_norm", "linear_maps")
 # Rows normalised at a time by the fused path on a CPU: few enough that a chunk stays in cache, enough that starting
@@ -35,7 +37,7 @@ def pattention(
     *,
     tau: float,
     norm_activation_type: str = "l2_norm_gelu",
-    eps: float = 1e-8,
+    eps: float = DEFAULT_EPS,
 ) -> Tensor:
     """Compute Pattention as its equations read: the reference every faster path is compared with.
 
@@ -130,7 +132,7 @@ class Pattention(nn.Module):
         *,
         tau: float | None = None,
         norm_activation_type: str = "l2_norm_gelu",
-        eps: float = 1e-8,
+        eps: float = DEFAULT_EPS,
         linear: bool | None = None,
         key_std: float = 0.02,
         value_std: float = 0.02,
@@ -248,6 +250,7 @@ class Pattention(nn.Module):
             self.fused
             and self.norm_activation_type == "l2_norm_gelu"
             and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
             and not torch._C._are_functorch_transforms_active()
             and _is_plain(self.sum_of_squares, SumOfSquares)
             and all(_is_plain(m, nn.Linear) for group in self._token_groups for m in (group.keys, group.values))
