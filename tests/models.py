@@ -2,7 +2,7 @@
 
 import torch
 
-from tokenformer import TokenformerConfig, TokenformerForCausalLM
+from tokenformer import TokenformerConfig, TokenformerForCausalLM, grow
 
 SIZES = {
     "vocab_size": 128,
@@ -14,6 +14,7 @@ SIZES = {
 PAPER = {"qkv_param_tokens": 48, "output_param_tokens": 40, "ffn_param_tokens": 160}
 FFN = {"qkv_param_tokens": 0, "output_param_tokens": 0, "ffn_param_tokens": 160}
 FAMILIES = {"paper": PAPER, "ffn": FFN}
+KINDS = [*FAMILIES, "grown"]
 
 
 def tiny(family: str = "paper", *, attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes):
@@ -30,3 +31,21 @@ def tiny(family: str = "paper", *, attention: str = "sdpa", dtype: torch.dtype =
 
 def tokens(rows: int = 2, length: int = 20) -> torch.Tensor:
     return torch.randint(0, SIZES["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def make(kind: str, **changes):
+    """A tiny model of a family, or "grown": linear maps beside a group, and two groups in the feed-forward."""
+    if kind != "grown":
+        return tiny(kind, **changes)
+    model = tiny("ffn", **changes)
+    grow(model, qkv_param_tokens=24, output_param_tokens=20, ffn_param_tokens="+32")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".groups.grown1." in name:
+                p.normal_(std=0.2)
+    return model
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)

@@ -74,7 +74,7 @@ def main() -> None:
         train_adapter(adapted, train_blocks)
     after = evaluate(adapted, new_blocks, num_bytes=new_bytes).loss
     assert after < before - 0.5
-    bases = {n: m.base_layer for n, m in adapted.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    bases = {n: m.base_layer for n, m in adapted.get_base_model().named_modules() if hasattr(m, "lora_A")}
     assert bases and all(torch.equal(base.weight, packed[name]) for name, base in bases.items())
 
     plain = figures["float32"]

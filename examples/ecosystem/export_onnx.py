@@ -129,8 +129,8 @@ def main() -> None:
         packages=["transformers", "torch", "onnx", "onnxscript", "onnxruntime"],
         ran="transformers.exporters: one graph with dynamic batch, length and cache length; float32, run on a CPU",
         limits="transformers' generate cannot drive an exported model: the decoding loop is the caller's. A checkpoint "
-        "with pattention_eps of 1e-8 or less must be exported with optimize=False: onnxscript's optimizer takes that for "
-        "0, and padding gives NaN. optimum-onnx 0.1 not tried: it wants transformers below 4.58",
+        "with pattention_eps of 1e-8 or less must be exported with optimize=False: onnxscript's optimizer takes that "
+        "for 0, and padding gives NaN. optimum-onnx 0.1 not tried: it wants transformers below 4.58",
         **outcome,
     )
 

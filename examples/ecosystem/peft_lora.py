@@ -78,7 +78,7 @@ def main() -> None:
         assert torch.equal(again(text).logits, tuned), "the adapter came back different"
 
     trained, total = model.get_nb_trainable_parameters()
-    for name, module in model.base_model.model.named_modules():
+    for name, module in model.get_base_model().named_modules():
         if hasattr(module, "lora_A"):
             product = module.lora_B["default"].weight @ module.lora_A["default"].weight
             weights[f"{name}.weight"] += product * (LORA.lora_alpha / LORA.r)

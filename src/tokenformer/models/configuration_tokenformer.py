@@ -150,17 +150,21 @@ class TokenformerConfig(PreTrainedConfig):
         plan: dict[str, str] = {}
         if self.norm_activation_type == "softmax":
             return plan
+        plan["embed_tokens"] = "embedding_rowwise"
         for projection, modules in PROJECTIONS.items():
             for module in modules:
                 prefix = f"layers.*.{module}"
                 if projection in self.linear_projections:
-                    plan[f"{prefix}.linear"] = "colwise_gather_output"
+                    plan[f"{prefix}.linear"] = "colwise_rep"
                 for group in self.token_groups:
                     if group[projection]:
                         plan[f"{prefix}.groups.{group['name']}.keys"] = "colwise"
                         plan[f"{prefix}.groups.{group['name']}.values"] = "rowwise"
-                        plan[f"{prefix}.sum_of_squares"] = "tokenformer_sum_of_squares"
         return plan
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        """Ignore what transformers 5.19 assigns while the configuration is made: the embedding, in the plan already."""
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "TokenformerConfig":

@@ -11,11 +11,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -32,22 +29,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tokenformer import PROJECTIONS, TokenformerConfig
 from .pattention import Pattention
-
-
-class SumOfSquaresParallel(TensorParallelLayer):
-    """Tensor-parallel style that adds a module's output up over the processes, and its gradient as well.
-
-    transformers' "all_reduce" takes the gradient as equal everywhere; that of a norm is not, for each process scales
-    only its own tokens by it.
-    """
-
-    def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
-        """Map this process's sum, `[*, 1]`, to that of all processes."""
-        total = DTensor.from_local(output, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()])
-        return total.to_local(grad_placements=[Partial()])
-
-
-ALL_PARALLEL_STYLES.register("tokenformer_sum_of_squares", SumOfSquaresParallel())
 
 
 def make_pattention(config: TokenformerConfig, projection: str) -> Pattention:
@@ -107,7 +88,14 @@ class TokenformerAttention(nn.Module):
         output, weights = attend(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=self.attention_dropout, **kwargs
         )
-        return self.o_proj(output.reshape(*input_shape, -1)), weights
+        output = output.reshape(*input_shape, -1)
+        if output.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"attention returned {output.shape[-1]} features, not hidden_size {self.config.hidden_size}: a server "
+                "that splits heads over processes cannot run this model, whose projections give all heads; set its "
+                "tensor parallel size to 1"
+            )
+        return self.o_proj(output), weights
 
 
 class TokenformerDecoderLayer(GradientCheckpointingLayer):

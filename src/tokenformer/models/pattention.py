@@ -11,13 +11,14 @@ n_g parameter tokens of group g, N those of all groups together. Needs torch onl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 NORM_ACTIVATION_TYPES = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 BASE_GROUP = "base"
@@ -63,7 +64,7 @@ def token_weights(
     tau: float,
     norm_activation_type: str,
     eps: float,
-    sum_of_squares: nn.Module | None = None,
+    sum_of_squares: Callable[[Sequence[Tensor]], Tensor] | None = None,
 ) -> list[Tensor]:
     """Turn the scores of every group, `[*, n_g]` each, into weights of the same shapes under one joint norm.
 
@@ -80,17 +81,6 @@ def token_weights(
     joint = torch.cat(list(scores), dim=-1)
     weights = torch.softmax(joint, dim=-1, dtype=_norm_dtype(joint.dtype)) * tau
     return list(weights.to(joint.dtype).split([s.shape[-1] for s in scores], dim=-1))
-
-
-class SumOfSquares(nn.Module):
-    """Sum of squares over the parameter tokens of all groups: scores `[*, n_g]` each to `[*, 1]`, float32 or wider.
-
-    A module, so that a tensor-parallel plan can attach its all-reduce here.
-    """
-
-    def forward(self, scores: Sequence[Tensor]) -> Tensor:
-        """Add the groups in order, so that a group of zeros appended later changes no bit."""
-        return _sum_of_squares(scores)
 
 
 class TokenGroup(nn.Module):
@@ -157,7 +147,6 @@ class Pattention(nn.Module):
             check_group(name, n)
             if n:
                 self.groups[name] = TokenGroup(in_features, out_features, n, **self.stds, **factory)
-        self.sum_of_squares = SumOfSquares()
         self._set_default_tau()
         self.reset_parameters()
 
@@ -230,9 +219,22 @@ class Pattention(nn.Module):
             tau=self.tau,
             norm_activation_type=self.norm_activation_type,
             eps=self.eps,
-            sum_of_squares=self.sum_of_squares,
+            sum_of_squares=self._sum_of_squares,
         )
         return _sum(group.values(w) for group, w in zip(groups, weights, strict=True))
+
+    def _sum_of_squares(self, scores: Sequence[Tensor]) -> Tensor:
+        """Add over the tokens of all groups, and over all processes where transformers' tensor parallelism splits them.
+
+        Not by a style of its own in the plan: SGLang refuses plans with styles it does not know.
+        """
+        squares = _sum_of_squares(scores)
+        weight = getattr(self._token_groups[0].keys, "weight", None)
+        if not isinstance(weight, DTensor) or weight.device_mesh.mesh_dim_names != ("tp",):
+            return squares
+        total = DTensor.from_local(squares, weight.device_mesh, [Partial()], run_check=False)
+        # The gradient differs between the processes as well, for each scales only its own tokens by the norm.
+        return total.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
 
     def _fused_output(self, x: Tensor) -> Tensor:
         tensors = [m.weight for group in self._token_groups for m in (group.keys, group.values)]
@@ -252,7 +254,6 @@ class Pattention(nn.Module):
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and not torch._C._are_functorch_transforms_active()
-            and _is_plain(self.sum_of_squares, SumOfSquares)
             and all(_is_plain(m, nn.Linear) for group in self._token_groups for m in (group.keys, group.values))
         )
 
