@@ -49,3 +49,14 @@ def make(kind: str, **changes):
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def two_groups(family, dtype=torch.float32):
+    """Two token groups in each feed-forward, and keys of the new one as random as those of the old."""
+    model = tiny(family, dtype=dtype)
+    grow(model, ffn_param_tokens="+48", name="more")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(".more.keys.weight"):
+                weight.normal_(std=0.2)
+    return model

@@ -136,6 +136,7 @@ def test_command_line(model, tokenizer, choice_task, tmp_path):
         CliRunner().invoke(cli.app, arguments[:2], catch_exceptions=False)
 
 
+@pytest.mark.slow  # lm-eval reads all the tasks it brings
 def test_unknown_tasks(model, tokenizer, choice_task):
     with pytest.raises(EvaluationError, match=r"knows no task 'pica', 'missing\.yaml', and there is no such file"):
         evaluate_tasks(model, tokenizer, ["pica", "piqa", choice_task, "missing.yaml"])

@@ -77,6 +77,7 @@ def hub(monkeypatch):
 
 def use_hub(monkeypatch, port):
     monkeypatch.setenv("HF_TOKEN", "hf_someone")
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers the address of the first call
     address = f"http://127.0.0.1:{port}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
     template = address + "/{repo_id}/resolve/{revision}/{filename}"

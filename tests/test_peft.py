@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import tiny, tokens
+from models import tokens, two_groups
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -15,17 +15,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 TARGETS = {"every group": ["keys", "values"], "one group": r".*\.groups\.more\.(keys|values)"}
 FAMILIES = ["paper", "ffn"]
-
-
-def two_groups(family, dtype=torch.float32):
-    """Two token groups in each feed-forward, and keys of the new one as random as those of the old."""
-    model = tiny(family, dtype=dtype)
-    grow(model, ffn_param_tokens="+48", name="more")
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith(".more.keys.weight"):
-                weight.normal_(std=0.2)
-    return model
 
 
 def add_lora(model, targets="every group", **changes):

