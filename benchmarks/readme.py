@@ -1,4 +1,4 @@
-"""Put the figures of benchmarks/results/ into the README, between their markers."""
+"""Put the figures of benchmarks/results/ into the README and the docs, between their markers."""
 
 from __future__ import annotations
 
@@ -69,17 +69,45 @@ def benchmarks() -> str:
     return "\n".join([*head, *newest.values()])
 
 
-def filled(text: str) -> str:
-    """Return `text` with every marked section rewritten from the results."""
-    for section in (demo, benchmarks):
+def ecosystem() -> str:
+    """Return a row per tool: its newest outcome."""
+    newest = {line["tool"]: line for line in lines("ecosystem")}
+    rows = ["| tool | versions | what was run | result | limits |", "|---|---|---|---|---|"]
+    for line in newest.values():
+        versions = ", ".join(f"{name} {version}" for name, version in line["versions"].items() if name != "tokenformer")
+        cells = [line["tool"], versions, line["ran"], line["result"], line["limits"]]
+        rows.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return "\n".join(rows)
+
+
+def convert() -> str:
+    """Return a row per released size: its newest measurement."""
+    newest = {line["preset"]: line for line in lines("convert")}
+    rows = ["| size | weights | file, GB | peak memory, GB | of it imports | peak / file | seconds |"]
+    rows.append("|---|---|--:|--:|--:|--:|--:|")
+    for r in newest.values():
+        file, peak, imports = (f"{r[name] / 1e9:.2f}" for name in ("file", "peak", "imports"))
+        rows.append(
+            f"| {r['preset']} | {r['dtype']} | {file} | {peak} | {imports} | {r['ratio']:.2f} | {r['seconds']:.0f} |"
+        )
+    return "\n".join(rows)
+
+
+PAGES = {"README.md": (demo, benchmarks), "docs/ecosystem.md": (ecosystem, convert)}
+
+
+def filled(page: str) -> str:
+    """Return the text of `page` with every marked section rewritten from the results."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for section in PAGES[page]:
         pattern = rf"(<!-- results: {section.__name__} -->\n).*?(<!-- end -->)"
-        content = section()
+        content = section().replace("\\", "\\\\")
         text, found = re.subn(pattern, rf"\g<1>{content}\n\g<2>", text, flags=re.DOTALL)
         if found != 1:
-            raise SystemExit(f"README.md has {found} sections marked {section.__name__!r}; it needs one")
+            raise SystemExit(f"{page} has {found} sections marked {section.__name__!r}; it needs one")
     return text
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    for page in PAGES:
+        (ROOT / page).write_text(filled(page), encoding="utf-8")
