@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from golden_data import FOLDER, MANIFEST, formula, inputs, outputs
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import tiny, tokens
 from safetensors.torch import load_file
@@ -195,7 +195,8 @@ def test_round_trip_is_the_same_file(tmp_path):
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
+@example(kind="l2_norm_gelu", counts=[3, 12], width=9, tau=23**0.5, seed=0)  # τ² falls just short of 23
 @given(
     kind=st.sampled_from(["l2_norm_gelu", "gelu_l2_norm", "softmax"]),
     counts=st.lists(st.integers(1, 12), min_size=1, max_size=3),
@@ -210,7 +211,8 @@ def test_any_groups_and_tau_can_be_expressed(kind, counts, width, tau, seed):
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    keys, values = [draw(n, width) for n in counts], [draw(5, n) for n in counts]
+    # Scores of at most a few: GELU of less than -38 is exactly 0, and the official code has no eps for a row of those.
+    keys, values = [0.3 * draw(n, width) for n in counts], [draw(5, n) for n in counts]
     x = draw(4, width)
     want = pattention(x, keys, values, tau=tau, norm_activation_type=kind, eps=0.0)
     k, v = express(keys, values, tau=tau, norm_activation_type=kind)

@@ -83,7 +83,7 @@ def convert_official(
             f"{weights} holds no {_EMBEDDING}, so it is no TokenFormer; it holds {len(found)} tensors, such as "
             f"{', '.join(sorted(found)[:3]) or 'none'}"
         )
-    ours = config_from_official(fields, vocab_size=len(found[_EMBEDDING]), where=str(config))
+    ours = config_from_official(fields, vocab_size=found[_EMBEDDING].shape[:1].numel(), where=str(config))
     buffers = check_official(ours, found, where=str(weights))
     keeper = open_tokenizer(tokenizer) if tokenizer is not None else None
     if keeper is not None:

@@ -246,21 +246,24 @@ def express(
         return k.to(dtype), v.to(dtype).contiguous()
     extra = _norm_tokens(k.shape[0], k.shape[1], tau)
     if extra:
-        b = math.sqrt(max(0.0, (len(k) + extra) / tau**2 - 1))
-        root = k if len(k) <= k.shape[1] else torch.linalg.qr(k, mode="r").R
         new = k.new_zeros(extra, k.shape[1])
-        if b:
-            new[: len(root)] = b * root
+        if not _is_root_of(tau, len(k) + extra):
+            root = k if len(k) <= k.shape[1] else torch.linalg.qr(k, mode="r").R
+            new[: len(root)] = math.sqrt((len(k) + extra) / tau**2 - 1) * root
         k, v = torch.cat([k, new]), torch.cat([v, v.new_zeros(extra, v.shape[1])])
     return k.to(dtype), v.to(dtype).contiguous()
 
 
 def _norm_tokens(n: int, d: int, tau: float) -> int:
     """How many tokens without value bring the official norm to τ."""
-    if math.isclose(tau**2, n, rel_tol=1e-9):
-        return 0
-    missing = max(0, math.ceil(tau**2 - n - 1e-6))
-    return missing if math.isclose(tau**2, n + missing, rel_tol=1e-9) else max(min(n, d), missing)
+    if tau**2 > n and _is_root_of(tau, round(tau**2)):
+        return round(tau**2) - n
+    return 0 if _is_root_of(tau, n) else max(min(n, d), math.ceil(tau**2) - n)
+
+
+def _is_root_of(tau: float, n: int) -> bool:
+    """Whether τ is √n up to rounding."""
+    return math.isclose(tau**2, n, rel_tol=1e-9)
 
 
 def _some(names: Any, *, separator: str = ", ") -> str:
