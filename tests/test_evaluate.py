@@ -136,6 +136,11 @@ def test_command_line(model, tokenizer, choice_task, tmp_path):
         CliRunner().invoke(cli.app, arguments[:2], catch_exceptions=False)
 
 
+def test_blocks_longer_than_the_context(model, tokenizer):
+    with pytest.raises(EvaluationError, match="blocks of 513 text tokens were asked for; the model reads 512 at most"):
+        evaluate_text(model, tokenizer, "anything", sequence_length=513)
+
+
 @pytest.mark.slow  # lm-eval reads all the tasks it brings
 def test_unknown_tasks(model, tokenizer, choice_task):
     with pytest.raises(EvaluationError, match=r"knows no task 'pica', 'missing\.yaml', and there is no such file"):

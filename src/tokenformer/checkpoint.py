@@ -279,6 +279,7 @@ def _replaced(path: Path) -> Path:
 
 
 def weight_files(path: Path) -> list[Path]:
+    """List the weight files of a checkpoint by name; CheckpointError if one that its index names is missing."""
     files = sorted(path.glob("*.safetensors"))
     index = path / "model.safetensors.index.json"
     try:

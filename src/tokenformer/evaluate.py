@@ -79,8 +79,14 @@ def evaluate_text(
         batch_size: blocks per forward pass.
 
     Raises:
+        EvaluationError: `sequence_length` is longer than the model's context.
         DataError: there is no such text, or it cannot be read.
     """
+    context: Any = model.config.max_position_embeddings  # type: ignore[union-attr]
+    if sequence_length > context:
+        raise EvaluationError(
+            f"blocks of {sequence_length} text tokens were asked for; the model reads {context} at most"
+        )
     documents = load_documents(source, text_column="text", split="train", streaming=False)
     blocks = pack(documents, tokenizer, block_length=sequence_length, keep_tail=True)
     return evaluate(model, blocks, num_bytes=utf8_bytes(documents), batch_size=batch_size)
