@@ -325,6 +325,23 @@ def test_speaks_gpt_neox_rotary_and_attention():
         ({"num_hidden_layers": "3"}, "expected int, got str"),
         ({"hidden_size": 65}, "65 is not a multiple of num_attention_heads 4"),
         ({"norm_activation_type": "l2"}, "must be one of l2_norm_gelu"),
+        ({"token_group_norm": "each"}, "is 'each'; it must be one of joint, per_group"),
+        (
+            {"token_groups": [{"name": "a", "qkv": 48, "output": 40, "ffn": [80, 80]}], "ffn_param_tokens": None},
+            "lists ffn parameter tokens for 2 blocks, but num_hidden_layers is 3",
+        ),
+        (
+            {"token_groups": [{"name": "a", "qkv": 48, "output": 40, "ffn": [80, -1, 80]}], "ffn_param_tokens": None},
+            "-1 parameter tokens",
+        ),
+        (
+            {
+                "token_groups": [{"name": "a", "qkv": 48, "output": 40, "ffn": [80, 0, 80]}],
+                "linear_projections": [],
+                "ffn_param_tokens": None,
+            },
+            "'ffn' has neither parameter tokens nor a linear map in block 1",
+        ),
         ({"qkv_param_tokens": -3}, "-3 parameter tokens"),
         ({"token_groups": [{"name": "a", "ffn": 5}]}, "add up to 0"),
         (
@@ -344,3 +361,90 @@ def test_exactly_one_kind_of_input():
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
     copy.deepcopy(model)(inputs_embeds=torch.randn(1, 4, 64))
+
+
+def unequal(**changes):
+    """A model whose blocks have other numbers of parameter tokens: no "b" in the second, and one ffn without any."""
+    groups = [
+        {"name": "a", "qkv": 24, "output": [20, 12, 9], "ffn": [80, 60, 0]},
+        {"name": "b", "qkv": [8, 0, 4], "output": 6, "ffn": [16, 0, 0]},
+    ]
+    counts = dict.fromkeys(PAPER)
+    return tiny(token_groups=groups, linear_projections=["ffn"], **counts, **changes)
+
+
+def test_blocks_may_differ_in_parameter_tokens(tmp_path):
+    model, ids = unequal(), tokens()
+    config = model.config
+    assert [getattr(config, name) for name in PAPER] == [32, 26, 96]
+    assert (config.qkv_tau, config.ffn_tau) == (math.sqrt(32), math.sqrt(96))
+    layers = model.pattention_layers
+    assert [list(layer.groups) for layer in layers["ffn"]] == [["a", "b"], ["a"], []]
+    assert [layer.num_tokens for layer in layers["qkv"]] == [32] * 3 + [24] * 3 + [28] * 3
+    assert parameters(config) == sum(p.numel() for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()) and loaded.config.token_groups == config.token_groups
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_notes_of_a_group_are_kept_and_others_stay_as_they_were():
+    groups = [{"name": "a", **dict.fromkeys(("qkv", "output", "ffn"), 8), "routed": False}]
+    groups.append({"name": "b", "ffn": 4, "blocks": [1], "routed": True})
+    config = TokenformerConfig(**SIZES, token_groups=groups)
+    assert config.token_groups == [
+        {"name": "a", "qkv": 8, "output": 8, "ffn": 8},
+        {"name": "b", "qkv": 0, "output": 0, "ffn": 4, "routed": True, "blocks": [1]},
+    ]
+    assert TokenformerConfig(**config.to_dict()).token_groups == config.token_groups
+    model = TokenformerForCausalLM(config)
+    assert [list(layer.gates) for layer in model.pattention_layers["ffn"]] == [["b"]] * 3
+    assert not any(layer.gates for layer in model.pattention_layers["output"])
+
+
+def test_biases_of_a_new_model_are_zero_and_counted():
+    model = TokenformerForCausalLM(TokenformerConfig(**SIZES, **PAPER, pattention_bias=True))
+    biases = {name: p for name, p in model.named_parameters() if name.endswith("bias") and "norm" not in name}
+    assert len(biases) == 2 * 5 * 3 and not any(p.any() for p in biases.values())
+    assert parameters(model.config) == sum(p.numel() for p in model.parameters())
+
+
+def test_parallel_residual_adds_both_maps_of_the_blocks_input():
+    model = tiny(use_parallel_residual=True)
+    block, x = model.model.layers[0], torch.randn(2, 5, 64)
+    rotary = model.model.rotary_emb(x, torch.arange(5)[None])
+    attended = block.self_attn(block.input_layernorm(x), attention_mask=None, position_embeddings=rotary)[0]
+    y = block(x, attention_mask=None, position_embeddings=rotary)
+    torch.testing.assert_close(y, x + attended + block.mlp(block.post_attention_layernorm(x)))
+    assert not torch.allclose(y, tiny().model.layers[0](x, attention_mask=None, position_embeddings=rotary))
+
+
+NEW_KINDS = {
+    "biases, parallel": {"pattention_bias": True, "use_parallel_residual": True},
+    "no norm, untied": {"norm_activation_type": "gelu", "pattention_bias": True, "tie_word_embeddings": False},
+}
+
+
+@pytest.mark.parametrize("kind", NEW_KINDS)
+def test_new_kinds_round_trip_and_generate(kind, tmp_path):
+    model, ids = tiny(**NEW_KINDS[kind]), tokens()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.normal_(std=0.2)
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert loaded.config.to_dict() == model.config.to_dict() | {"_name_or_path": str(tmp_path)}
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    first = model(ids[:, :9], use_cache=True)
+    rest = model(ids[:, 9:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_existed_before_has_the_names_it_had():
+    for family in FAMILIES:
+        names = set(tiny(family).state_dict())
+        assert not any((name.endswith(".bias") and "norm" not in name) or ".gates." in name for name in names)
+    config = json.loads(TokenformerConfig().to_json_string())
+    assert config["token_groups"] == [{"name": "base", "qkv": 768, "output": 768, "ffn": 3072}]

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tokenformer.models.pattention import NORM_ACTIVATION_TYPES, Pattention, default_tau, pattention
+from tokenformer.models.pattention import (
+    NORM_ACTIVATION_TYPES,
+    Pattention,
+    default_tau,
+    draw_tokens,
+    pattention,
+    zero_of_new_group,
+)
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -14,6 +23,13 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 def layer_and_input(dtype=torch.float32, tokens=None, n_rows=150, **kwargs):
     layer = Pattention(24, 40, tokens or {"base": 56, "more": 16}, key_std=0.5, value_std=0.3, dtype=dtype, **kwargs)
     return layer, torch.randn(2, n_rows // 2, 24, dtype=dtype)
+
+
+def random_biases(layer):
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
 
 
 def run(layer, x, fused=True):
@@ -31,7 +47,7 @@ def assert_near(a, b, relative):
     assert (a.double() - b.double()).norm() <= relative * b.double().norm() + 1e-13
 
 
-@pytest.mark.parametrize("norm", NORM_ACTIVATION_TYPES)
+@pytest.mark.parametrize("norm", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_golden_case_p(norm, fused):
     given_, want = inputs("P"), outputs("P")
@@ -148,10 +164,11 @@ def test_works_under_functorch_and_compile():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("norm", ["l2_norm_gelu", "gelu_l2_norm"])
-@pytest.mark.parametrize("fused", [True, False])
-def test_added_group_changes_no_bit_and_learns(dtype, norm, fused):
-    layer, x = layer_and_input(dtype, norm_activation_type=norm)
+@pytest.mark.parametrize("norm", ["l2_norm_gelu", "gelu_l2_norm", "gelu"])
+@pytest.mark.parametrize(("fused", "bias"), [(True, False), (False, False), (False, True)])
+def test_added_group_changes_no_bit_and_learns(dtype, norm, fused, bias):
+    layer, x = layer_and_input(dtype, norm_activation_type=norm, bias=bias)
+    random_biases(layer)
     layer.fused = fused
     before = layer(x)
     tau, weights = layer.tau, [id(p) for p in layer.parameters()]
@@ -209,6 +226,7 @@ def test_growth_recomputing_tau_would_change_the_function():
         ({"num_tokens": {"keys": 3}}, "'keys' cannot be used"),
         ({"num_tokens": {"a.b": 3}}, r"'a\.b' cannot be used"),
         ({"num_tokens": 3, "norm_activation_type": "l2"}, "must be one of l2_norm_gelu"),
+        ({"num_tokens": 3, "token_group_norm": "each"}, "is 'each'; it must be one of joint, per_group"),
     ],
 )
 def test_impossible_arguments(arguments, message):
@@ -230,3 +248,173 @@ def test_inference_gives_the_bits_of_training(dtype):
     with torch.no_grad():
         inference = layer(x)
     assert torch.equal(inference, layer(x).detach())
+
+
+def test_without_a_norm_it_is_a_feed_forward_with_biases():
+    layer, x = layer_and_input(torch.float64, {"base": 56}, norm_activation_type="gelu", bias=True, linear=True)
+    random_biases(layer)
+    keys, values = layer.groups["base"].keys, layer.groups["base"].values
+    want = layer.linear(x) + F.linear(F.gelu(F.linear(x, keys.weight, keys.bias)), values.weight, layer.bias)
+    assert_near(layer(x), want, 1e-14)
+
+
+def test_biases_enter_scores_before_the_norm_and_the_output_once():
+    layer, x = layer_and_input(torch.float64, bias=True)
+    assert sorted(n for n, _ in layer.named_parameters() if n.endswith("bias")) == [
+        "bias",
+        "groups.base.keys.bias",
+        "groups.more.keys.bias",
+    ]
+    assert not any(p.any() for n, p in layer.named_parameters() if n.endswith("bias"))
+    random_biases(layer)
+    groups = layer.groups.values()
+    with_one = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+    keys = [torch.cat([g.keys.weight, g.keys.bias[:, None]], dim=1) for g in groups]
+    want = pattention(with_one, keys, [g.values.weight for g in groups], tau=layer.tau) + layer.bias
+    assert_near(layer(x), want, 1e-12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.float()(x.float()).dtype == torch.bfloat16
+
+
+def test_a_linear_map_alone_gets_an_output_bias_only():
+    layer = Pattention(24, 40, 0, bias=True)
+    random_biases(layer)
+    x = torch.randn(3, 24)
+    assert_near(layer(x), F.linear(x, layer.linear.weight, layer.bias), 1e-6)
+    before = layer(x)
+    layer.add_group("new", 8)
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("norm", NORM_ACTIVATION_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_per_group_is_the_sum_of_layers_of_one_group(norm, dtype):
+    both, x = layer_and_input(dtype, norm_activation_type=norm, token_group_norm="per_group")
+    alone = []
+    for name in both.groups:
+        layer = copy.deepcopy(both)
+        for other in [other for other in both.groups if other != name]:
+            del layer.groups[other]
+        layer.token_group_norm = "joint"
+        alone.append(layer)
+    a, b = (run(layer, x) for layer in alone)
+    together = run(both, x)
+    assert torch.equal(together[0], a[0] + b[0])
+    for got, want in zip(together[2:], [*a[2:], *b[2:]], strict=True):
+        assert torch.equal(got, want)
+    for fast, plain in zip(together, run(both, x, False), strict=True):
+        assert_near(fast, plain, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_with_one_group_both_norms_are_the_same_bits(fused):
+    layer, x = layer_and_input(tokens={"base": 56})
+    joint = run(layer, x, fused)
+    layer.token_group_norm = "per_group"
+    assert all(torch.equal(a, b) for a, b in zip(joint, run(layer, x, fused), strict=True))
+
+
+@pytest.mark.parametrize("norm", NORM_ACTIVATION_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_per_group_grows_exactly_even_under_softmax(norm, dtype):
+    layer, x = layer_and_input(dtype, norm_activation_type=norm, token_group_norm="per_group")
+    before = layer(x)
+    layer.add_group("new", 30)
+    assert torch.equal(layer(x), before)
+    assert not layer.groups["new"].values.weight.any() and layer.groups["new"].keys.weight.all()
+    layer(x).square().sum().backward()
+    assert layer.groups["new"].values.weight.grad.abs().max() > 0
+
+
+def test_what_is_zero_in_a_new_group():
+    assert zero_of_new_group(True, "joint") == "keys"
+    assert [zero_of_new_group(*case) for case in ((False, "joint"), (False, "per_group"), (True, "per_group"))] == [
+        "values"
+    ] * 3
+
+
+def test_drawn_tokens_depend_on_the_generator_alone():
+    def draw(**changes):
+        arguments = {"zero": "keys", "std": 0.5, "generator": torch.Generator().manual_seed(4)} | changes
+        return draw_tokens(12, 20, 300, **arguments)
+
+    keys, values = draw()
+    assert keys.shape == (300, 12) and values.shape == (20, 300) and values.is_contiguous()
+    assert not keys.any() and abs(values.std() / 0.5 - 1) < 0.05
+    assert torch.equal(draw()[1], values)
+    keys, values = draw(zero="values", dtype=torch.bfloat16)
+    assert keys.all() and not values.any() and keys.dtype == values.dtype == torch.bfloat16
+    torch.manual_seed(7)
+    assert torch.equal(draw(generator=None)[1], draw_tokens(12, 20, 300, zero="keys", std=0.5, generator=_seeded(7))[1])
+
+
+def _seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_nothing_is_drawn_on_the_meta_device():
+    state = torch.get_rng_state()
+    for arguments in ({"device": "meta"}, {}):
+        with torch.device("meta"):
+            tokens = draw_tokens(12, 20, 30, zero="keys", std=0.5, **arguments)
+        assert all(t.is_meta for t in tokens)
+    layer = Pattention(12, 20, 6, device="meta", bias=True)
+    layer.add_group("new", 5)
+    assert all(p.is_meta for p in layer.parameters()) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_generator_decides_what_a_group_starts_with():
+    groups = []
+    for _ in range(2):
+        layer, _ = layer_and_input()
+        layer.add_group("new", 9, _seeded(5))
+        groups.append(layer.groups["new"])
+        assert type(groups[-1].keys) is nn.Linear and groups[-1].keys.weight.requires_grad
+    assert torch.equal(groups[0].values.weight, groups[1].values.weight)
+    assert abs(groups[0].values.weight.std() / 0.3 - 1) < 0.15
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    keep=st.floats(0.01, 1.0),
+    norm=st.sampled_from(NORM_ACTIVATION_TYPES),
+    group_norm=st.sampled_from(["joint", "per_group"]),
+    bias=st.booleans(),
+)
+def test_a_prefix_is_the_layer_of_the_first_tokens(keep, norm, group_norm, bias):
+    layer, x = layer_and_input(torch.float64, norm_activation_type=norm, token_group_norm=group_norm, bias=bias)
+    random_biases(layer)
+    counts = {name: -int(-(keep * g.keys.out_features - 1e-9) // 1) for name, g in layer.groups.items()}
+    kinds = {"norm_activation_type": norm, "token_group_norm": group_norm, "tau": layer.tau}
+    small = Pattention(24, 40, counts, bias=bias, dtype=torch.float64, **kinds)
+    state = {
+        name: t[: counts[name.split(".")[1]]] if ".keys." in name else t[:, : counts[name.split(".")[1]]]
+        for name, t in layer.state_dict().items()
+        if name != "bias"
+    }
+    small.load_state_dict(state | ({"bias": layer.bias.detach()} if bias else {}))
+    small.fused = False
+    layer.keep = keep
+    assert_near(layer(x), small(x), 1e-13)
+
+
+def test_a_prefix_alone_gets_gradients_and_is_no_part_of_the_state():
+    layer, x = layer_and_input(tokens={"base": 10})
+    names = set(layer.state_dict())
+    whole = layer(x)
+    layer.keep = 0.3
+    layer(x).square().sum().backward()
+    keys, values = layer.groups["base"].keys.weight.grad, layer.groups["base"].values.weight.grad
+    assert keys[:3].any(dim=1).all() and not keys[3:].any()
+    assert values[:, :3].any(dim=0).all() and not values[:, 3:].any()
+    assert set(layer.state_dict()) == names
+    layer.keep = 1.0
+    assert torch.equal(layer(x), whole)
+
+
+def test_a_prefix_of_changed_maps_is_refused():
+    layer, x = layer_and_input()
+    layer.groups["more"].keys.register_forward_hook(lambda m, args, out: out)
+    layer.keep = 0.5
+    with pytest.raises(ValueError, match=r"keep is 0\.5, but this layer's maps are quantised"):
+        layer(x)

@@ -10,7 +10,15 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .pattention import BASE_GROUP, DEFAULT_EPS, NORM_ACTIVATION_TYPES, check_group, default_tau
+from .pattention import (
+    BASE_GROUP,
+    DEFAULT_EPS,
+    NORM_ACTIVATION_TYPES,
+    TOKEN_GROUP_NORMS,
+    check_choice,
+    check_group,
+    default_tau,
+)
 
 # Which maps of a block each count in the configuration speaks about: "qkv" tokens go to each of the three.
 PROJECTIONS: dict[str, tuple[str, ...]] = {
@@ -18,6 +26,8 @@ PROJECTIONS: dict[str, tuple[str, ...]] = {
     "output": ("self_attn.o_proj",),
     "ffn": ("mlp",),
 }
+# What an entry of token_groups may say beside its name and counts, where it is so.
+_GROUP_NOTES = ("routed", "blocks")
 
 AUTO_MAP = {
     "AutoConfig": "configuration_tokenformer.TokenformerConfig",
@@ -33,22 +43,29 @@ class TokenformerConfig(PreTrainedConfig):
     Args:
         vocab_size: rows of the tied embedding (official: 50277 padded to 50304).
         hidden_size, num_hidden_layers, num_attention_heads: as in any transformer.
-        qkv_param_tokens: parameter tokens of each of the query, key and value projections, all groups together.
+        qkv_param_tokens: parameter tokens of each of the query, key and value projections, all groups together; where
+            blocks differ, of the block that has most.
         output_param_tokens, ffn_param_tokens: likewise of the attention output and of the feed-forward.
             A projection with 0 is a plain bias-free linear map.
         token_groups: the groups in the order in which they were added, `{"name": …, "qkv": n, "output": n, "ffn": n}`
-            each. Default: one group "base" with the counts above. Where given it decides; the counts follow from it.
+            each, n being one number or a list with one for every block; `"routed": True` where gates decide for each
+            text token whether the group takes part; `"blocks"` numbers those that were added with it.
+            Default: one group "base" with the counts above. Where given it decides; the counts follow from it.
         linear_projections: those of "qkv", "output", "ffn" that hold a linear map, with or without tokens beside it.
             Default: those without tokens.
-        qkv_tau, output_tau, ffn_tau: constant τ of the projection. Default: √n (n for `softmax`) of the tokens at
-            creation; None where there are none. Growth never changes it.
-        norm_activation_type: `l2_norm_gelu`, `gelu_l2_norm` or `softmax`.
+        qkv_tau, output_tau, ffn_tau: constant τ of the projection. Default: √n (n for `softmax`, 1 for `gelu`) of the
+            tokens at creation; None where there are none. Growth never changes it.
+        norm_activation_type: `l2_norm_gelu`, `gelu_l2_norm`, `softmax`, or `gelu`: no normalisation.
+        token_group_norm: `joint` or `per_group`: what the scores of a group are normalised with.
+        pattention_bias: whether every key and every projection's output has a bias.
+        use_parallel_residual: whether attention and feed-forward both read the block's input, as in GPT-NeoX.
         pattention_eps: added to the squared norm of the scores.
         layer_norm_eps: of the parameter-free norms in the blocks and of the final norm.
         initializer_range: standard deviation of new keys, embeddings and query, key, value linear maps. Values and the
             other linear maps take 2 / (num_hidden_layers · √hidden_size), officially "wang_init".
         max_position_embeddings: longest context in text tokens.
         rope_parameters: transformers' rotary settings; default base 10000 on the first quarter of each head.
+        frozen: parts that training leaves alone: token groups, "embedding", "final_norm", "linear_maps".
         auto_map: where Auto classes find the code when this package is not installed; saving a model copies that code
             (the files of this folder) beside its weights.
 
@@ -78,6 +95,9 @@ class TokenformerConfig(PreTrainedConfig):
     output_tau: float | None = None
     ffn_tau: float | None = None
     norm_activation_type: str = "l2_norm_gelu"
+    token_group_norm: str = "joint"
+    pattention_bias: bool = False
+    use_parallel_residual: bool = False
     pattention_eps: float = DEFAULT_EPS
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
@@ -88,6 +108,7 @@ class TokenformerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 0
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
+    frozen: list[str] | None = None
     auto_map: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -96,11 +117,12 @@ class TokenformerConfig(PreTrainedConfig):
         if self.token_groups is None:
             sizes = {"qkv": 768, "output": 768, "ffn": 3072}
             self.token_groups = [{"name": BASE_GROUP} | {p: sizes[p] if asked[p] is None else asked[p] for p in sizes}]
-        self.token_groups = [{"name": g["name"], **{p: g.get(p, 0) for p in PROJECTIONS}} for g in self.token_groups]
+        self.token_groups = [
+            {"name": g["name"], **{p: g.get(p, 0) for p in PROJECTIONS}, **{k: g[k] for k in _GROUP_NOTES if g.get(k)}}
+            for g in self.token_groups
+        ]
         for projection in PROJECTIONS:
-            for group in self.token_groups:
-                check_group(group["name"], group[projection])
-            total = sum(group[projection] for group in self.token_groups)
+            total = max(self._totals(projection))
             if asked[projection] not in (None, total):
                 raise ValueError(
                     f"{projection}_param_tokens is {asked[projection]} but the token groups add up to {total}: "
@@ -121,16 +143,32 @@ class TokenformerConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
-        if self.norm_activation_type not in NORM_ACTIVATION_TYPES:
-            known = ", ".join(NORM_ACTIVATION_TYPES)
-            raise ValueError(f"norm_activation_type is {self.norm_activation_type!r}; it must be one of {known}")
+        check_choice("norm_activation_type", self.norm_activation_type, NORM_ACTIVATION_TYPES)
+        check_choice("token_group_norm", self.token_group_norm, TOKEN_GROUP_NORMS)
         assert self.token_groups is not None and self.linear_projections is not None
         names = [group["name"] for group in self.token_groups]
         if len(set(names)) < len(names):
             raise ValueError(f"token group names must differ: {names}")
         for projection in PROJECTIONS:
-            if projection not in self.linear_projections and not getattr(self, f"{projection}_param_tokens"):
-                raise ValueError(f"projection {projection!r} has neither parameter tokens nor a linear map")
+            totals = self._totals(projection)
+            if projection not in self.linear_projections and not all(totals):
+                where = f" in block {totals.index(0)}" if any(totals) else ""
+                raise ValueError(f"projection {projection!r} has neither parameter tokens nor a linear map{where}")
+
+    def _totals(self, projection: str) -> list[int]:
+        """Parameter tokens of `projection` in every block, or once for all where all are alike."""
+        assert self.token_groups is not None
+        counts = [group[projection] for group in self.token_groups]
+        for group, count in zip(self.token_groups, counts, strict=True):
+            if isinstance(count, list) and len(count) != self.num_hidden_layers:
+                raise ValueError(
+                    f"token group {group['name']!r} lists {projection} parameter tokens for {len(count)} blocks, but "
+                    f"num_hidden_layers is {self.num_hidden_layers}; give one number for each block, or one for all"
+                )
+            for n in count if isinstance(count, list) else [count]:
+                check_group(group["name"], n)
+        blocks = self.num_hidden_layers if any(isinstance(count, list) for count in counts) else 1
+        return [sum(count_at(count, block) for count in counts) for block in range(blocks)]
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Fill in TokenFormer's rotary defaults; called by transformers while the configuration is made."""
@@ -144,11 +182,12 @@ class TokenformerConfig(PreTrainedConfig):
     def base_model_tp_plan(self) -> dict[str, str]:
         """Tensor-parallel plan: every process holds a slice of each group's tokens and adds up norms and outputs.
 
-        Heads stay whole, because a Pattention's output is. Empty for `softmax`, whose norm is not a sum of squares.
+        Heads stay whole, because a Pattention's output is. Empty for `softmax`, whose norm is not a sum of squares, and
+        where groups are routed, whose rows are sorted by gates.
         """
         assert self.token_groups is not None and self.linear_projections is not None
         plan: dict[str, str] = {}
-        if self.norm_activation_type == "softmax":
+        if self.norm_activation_type == "softmax" or any(group.get("routed") for group in self.token_groups):
             return plan
         plan["embed_tokens"] = "embedding_rowwise"
         for projection, modules in PROJECTIONS.items():
@@ -176,6 +215,11 @@ class TokenformerConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
+
+
+def count_at(count: int | list[int], block: int) -> int:
+    """Return the count of one block, of a count that is one number or a list with one for each."""
+    return count[block] if isinstance(count, list) else count
 
 
 def _preset(

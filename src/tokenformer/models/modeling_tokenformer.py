@@ -27,26 +27,32 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_tokenformer import PROJECTIONS, TokenformerConfig
-from .pattention import Pattention
+from .configuration_tokenformer import PROJECTIONS, TokenformerConfig, count_at
+from .pattention import Gate, Pattention, reset_linear
 
 
-def make_pattention(config: TokenformerConfig, projection: str) -> Pattention:
-    """Make one D to D map of `projection` ("qkv", "output" or "ffn") with the groups the configuration lists."""
+def make_pattention(config: TokenformerConfig, projection: str, layer_idx: int) -> Pattention:
+    """Make one D to D map of `projection` ("qkv", "output" or "ffn") with the groups block `layer_idx` has there."""
     assert config.token_groups is not None and config.linear_projections is not None
     wang_std = 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
-    return Pattention(
+    layer = Pattention(
         config.hidden_size,
         config.hidden_size,
-        {group["name"]: group[projection] for group in config.token_groups},
+        {group["name"]: count_at(group[projection], layer_idx) for group in config.token_groups},
         tau=getattr(config, f"{projection}_tau"),
         norm_activation_type=config.norm_activation_type,
         eps=config.pattention_eps,
         linear=projection in config.linear_projections,
+        bias=config.pattention_bias,
+        token_group_norm=config.token_group_norm,
         key_std=config.initializer_range,
         value_std=wang_std,
         linear_std=config.initializer_range if projection == "qkv" else wang_std,
     )
+    for group in config.token_groups:
+        if group.get("routed") and group["name"] in layer.groups:
+            layer.add_gate(group["name"])
+    return layer
 
 
 class TokenformerAttention(nn.Module):
@@ -60,10 +66,10 @@ class TokenformerAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = 0.0
         self.is_causal = True
-        self.q_proj = make_pattention(config, "qkv")
-        self.k_proj = make_pattention(config, "qkv")
-        self.v_proj = make_pattention(config, "qkv")
-        self.o_proj = make_pattention(config, "output")
+        self.q_proj = make_pattention(config, "qkv", layer_idx)
+        self.k_proj = make_pattention(config, "qkv", layer_idx)
+        self.v_proj = make_pattention(config, "qkv", layer_idx)
+        self.o_proj = make_pattention(config, "output", layer_idx)
 
     def forward(
         self,
@@ -99,21 +105,26 @@ class TokenformerAttention(nn.Module):
 
 
 class TokenformerDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm block: x + attention(norm(x)), then x + Pattention(norm(x)); the norms have no parameters."""
+    """Pre-norm block: x + attention(norm(x)), then x + Pattention(norm(x)); the norms have no parameters.
+
+    With `use_parallel_residual` both maps read the block's input, and their outputs are added to it.
+    """
 
     def __init__(self, config: TokenformerConfig, layer_idx: int) -> None:
         super().__init__()
+        self.use_parallel_residual = config.use_parallel_residual
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False)
         self.self_attn = TokenformerAttention(config, layer_idx)
         self.post_attention_layernorm = nn.LayerNorm(
             config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False
         )
-        self.mlp = make_pattention(config, "ffn")
+        self.mlp = make_pattention(config, "ffn", layer_idx)
 
     def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
         """Map `[B, T, D]` to `[B, T, D]`; keyword arguments go to the attention."""
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        attended = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        mlp_input = hidden_states if self.use_parallel_residual else attended
+        return attended + self.mlp(self.post_attention_layernorm(mlp_input))
 
 
 class TokenformerPreTrainedModel(PreTrainedModel):
@@ -139,7 +150,11 @@ class TokenformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Draw every initial weight; the maps of a Pattention carry their official scales."""
         if isinstance(module, nn.Linear) and hasattr(module, "init_std"):
-            nn.init.normal_(module.weight, std=float(module.init_std))  # type: ignore[arg-type]
+            reset_linear(module)
+        elif isinstance(module, Pattention) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, Gate):
+            module.reset_parameters()
         else:
             super()._init_weights(module)
 
