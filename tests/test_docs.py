@@ -1,6 +1,6 @@
 """Every command and snippet of the documentation runs, and its figures are those of benchmarks/results/.
 
-The official checkpoint that they name is a small one here: golden case M, with an embedding of bytes.
+The checkpoints that they name are small ones here: golden case M, with an embedding of bytes, and random ordinary ones.
 """
 
 import os
@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from golden_data import MANIFEST, inputs
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 from typer.testing import CliRunner
 
 from tokenformer import cli
@@ -41,6 +42,11 @@ def project(tmp_path, monkeypatch):
     torch.save(state, tmp_path / "pytorch_model.bin")
     fields = official_reference.fields(**MANIFEST["cases"]["M"]["config"])
     (tmp_path / "150M_eval.yml").write_text(yaml.safe_dump(fields))
+    ordinary = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for name, config in (("smollm2", LlamaConfig), ("pythia", GPTNeoXConfig)):
+        sizes = {**ordinary, "intermediate_size": 80, "max_position_embeddings": 128}
+        AutoModelForCausalLM.from_config(config(**sizes)).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

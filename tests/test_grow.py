@@ -65,7 +65,7 @@ def test_totals_names_and_configuration(tmp_path):
     grow(model, **EVERYTHING, name="second")
     config = model.config
     assert (config.qkv_param_tokens, config.output_param_tokens, config.ffn_param_tokens) == (64, 90, 240)
-    assert config.token_groups[1] == {"name": "second", "qkv": 16, "output": 50, "ffn": 80}
+    assert config.token_groups[1] == {"name": "second", "qkv": 16, "output": 50, "ffn": 80, "blocks": [2, 4]}
     assert config.num_hidden_layers == 5 == len(model.model.layers)
     assert (config.qkv_tau, config.output_tau, config.ffn_tau) == taus
     assert kept.items() <= {name: id(p) for name, p in model.named_parameters()}.items()

@@ -121,8 +121,8 @@ def test_model_card_tells_sizes_data_cost_growth_licence_and_loading(checkpoint)
     front = yaml.safe_load(text.split("---")[1])
     assert front == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["tokenformer"]}
     for fact in (
-        "| base | 0 | 0 | 160 | 480 |",
-        "| grown1 | 0 | 0 | 80 | 240 |",
+        "| base | ffn 160 | 480 |",
+        "| grown1 | ffn 80 | 240 |",
         "| Text | shakespeare |",
         "| Text tokens seen | 123,456 |",
         "| Training FLOPs | 4.5e+12 |",

@@ -14,14 +14,26 @@ from tokenformer.cli import app
 ROOT = Path(tokenformer.__file__).parent
 # Lower layers never import higher ones; modules of one layer may import each other, but not in a circle.
 LAYERS = [
-    {"errors", "models.pattention", "models.configuration_tokenformer", "models.modeling_tokenformer", "models"},
-    {"growth", "growth.grow", "cost", "convert", "convert.official", "lineage"},
+    {
+        "errors",
+        "models.fused",
+        "models.pattention",
+        "models.configuration_tokenformer",
+        "models.modeling_tokenformer",
+        "models",
+    },
+    {"growth", "growth.architectures", "growth.neurons", "growth.operations", "growth.state"},
+    {"growth.importance"},
+    {"growth.grow", "growth.freeze", "growth.groups", "growth.select", "growth.route"},
+    {"cost", "convert", "convert.official", "lineage"},
     {"card"},
     {"recipe", "checkpoint", "sources"},
-    {"data", "evaluate", "optimization"},
-    {"preparation", "hub", "convert.files"},
+    {"data", "evaluate", "optimization", "explain"},
+    {"rewrite"},
+    {"addons", "preparation", "hub", "convert.files", "convert.transformer"},
     {"train"},
     {"progress"},
+    {"cli_groups"},
     {"cli"},
     {"__main__"},
 ]
@@ -84,7 +96,7 @@ def test_pattention_needs_torch_only():
             roots |= {a.name.split(".")[0] for a in node.names}
         elif isinstance(node, ast.ImportFrom):
             roots.add((node.module or "").split(".")[0])
-    assert roots - set(sys.stdlib_module_names) == {"torch"}
+    assert roots - set(sys.stdlib_module_names) == {"torch", "fused"}
 
 
 def test_public_api_is_pinned():
@@ -97,7 +109,17 @@ def test_public_api_is_pinned():
             "TokenformerConfig",
             "TokenformerForCausalLM",
             "TokenformerModel",
+            "attach",
+            "consolidate",
+            "drop",
+            "freeze",
             "grow",
+            "merge",
+            "prune",
+            "route",
+            "slice",
+            "split",
+            "unfreeze",
         ]
     )
     assert all(hasattr(tokenformer, name) for name in tokenformer.__all__)
@@ -115,9 +137,11 @@ def test_command_line_is_pinned():
     assert flags == {
         "train": ["--force", "--output", "--resume", "-o", "RECIPE"],
         "grow": [
+            "--ffn",
             "--ffn-param-tokens",
             "--force",
             "--name",
+            "--norm",
             "--num-hidden-layers",
             "--output",
             "--output-param-tokens",
@@ -127,12 +151,23 @@ def test_command_line_is_pinned():
             "-o",
             "CHECKPOINT",
         ],
-        "inspect": ["CHECKPOINT"],
-        "generate": ["--max-new-tokens", "--seed", "--temperature", "--top-k", "CHECKPOINT", "PROMPT"],
+        "freeze": ["--force", "--output", "-o", "CHECKPOINT", "PARTS"],
+        "unfreeze": ["--force", "--output", "-o", "CHECKPOINT", "PARTS"],
+        "drop": ["--force", "--output", "-o", "CHECKPOINT", "NAMES"],
+        "consolidate": ["--force", "--name", "--output", "-o", "CHECKPOINT", "NAMES"],
+        "merge": ["--force", "--norm", "--output", "--rename", "-o", "CHECKPOINT", "OTHER"],
+        "split": ["--force", "--output", "-o", "CHECKPOINT", "GROUP"],
+        "attach": ["--force", "--name", "--output", "-o", "ADDON", "CHECKPOINT"],
+        "prune": ["--force", "--keep", "--output", "--scope", "--text", "-o", "CHECKPOINT"],
+        "slice": ["--force", "--output", "--text", "-o", "CHECKPOINT"],
+        "route": ["--force", "--other", "--output", "--own", "-o", "CHECKPOINT", "GROUP"],
+        "inspect": ["--picture", "--prompt", "--text", "CHECKPOINT"],
+        "generate": ["--keep", "--max-new-tokens", "--seed", "--temperature", "--top-k", "CHECKPOINT", "PROMPT"],
         "recipe": ["--explain"],
-        "evaluate": ["--batch-size", "--limit", "--sequence-length", "--tasks", "--text", "CHECKPOINT"],
+        "evaluate": ["--batch-size", "--keep", "--limit", "--sequence-length", "--tasks", "--text", "CHECKPOINT"],
         "push": ["--license", "--private", "CHECKPOINT", "REPOSITORY"],
         "convert official": ["--config", "--force", "--output", "--tokenizer", "-o", "WEIGHTS"],
+        "convert transformer": ["--force", "--output", "-o", "CHECKPOINT"],
         "convert to-official": ["--force", "--output", "-o", "CHECKPOINT"],
     }
     assert all(p.help for c in commands.values() for p in c.params if p.param_type_name == "option")

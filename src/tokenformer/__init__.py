@@ -2,7 +2,12 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .addons import attach, split
+from .growth.freeze import freeze, unfreeze
+from .growth.groups import consolidate, drop, merge
 from .growth.grow import grow
+from .growth.route import route
+from .growth.select import prune, slice
 from .models.configuration_tokenformer import PRESETS, TokenformerConfig
 from .models.modeling_tokenformer import TokenformerForCausalLM, TokenformerModel
 from .models.pattention import Pattention
@@ -17,5 +22,15 @@ __all__ = [
     "TokenformerConfig",
     "TokenformerForCausalLM",
     "TokenformerModel",
+    "attach",
+    "consolidate",
+    "drop",
+    "freeze",
     "grow",
+    "merge",
+    "prune",
+    "route",
+    "slice",
+    "split",
+    "unfreeze",
 ]

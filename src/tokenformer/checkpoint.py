@@ -1,7 +1,7 @@
 """Checkpoints on disk: written whole or not at all, verified before use, and carrying their lineage.
 
-A checkpoint is a folder that transformers can load (config.json, model.safetensors, tokenizer files, the model's code)
-plus `lineage.json`, the history of what was done to get there, and README.md, the model card made from it.
+A checkpoint is a folder that transformers can load (config.json, model.safetensors, tokenizer files, a TokenFormer's
+code) plus `lineage.json`, the history of what was done to get there, and README.md, the model card made from it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -20,19 +22,21 @@ from huggingface_hub.serialization import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
 from .card import model_card
 from .errors import CheckpointError, TokenizerError
+from .growth.architectures import ARCHITECTURES, architecture_of
+from .growth.freeze import freeze
+from .growth.neurons import group_neurons
+from .growth.select import take
 from .lineage import Lineage
-from .models.configuration_tokenformer import TokenformerConfig
-from .models.modeling_tokenformer import TokenformerForCausalLM
 
 LINEAGE_FILE = "lineage.json"
 CARD_FILE = "README.md"
-# Small enough that reading, transposing and writing a model of any size fits in about a gigabyte.
-_SHARD_BYTES = 500_000_000
+# Small enough that reading, changing and writing a model of any size fits in about a gigabyte.
+_SHARD_BYTES = 200_000_000
 
 Weights = Callable[[Sequence[str]], dict[str, Tensor]]
 OnProgress = Callable[[int, int], None]
@@ -40,9 +44,9 @@ OnProgress = Callable[[int, int], None]
 
 def save_checkpoint(
     path: str | Path,
-    model: TokenformerForCausalLM,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase | None,
-    lineage: Lineage,
+    lineage: Lineage | Callable[[], Lineage],
     *,
     force: bool = False,
     extra: Callable[[Path], None] | None = None,
@@ -53,9 +57,9 @@ def save_checkpoint(
 
     Args:
         path: the new folder.
-        model: what to write; on the meta device where `weights` is given.
+        model: TokenFormer or ordinary transformer; on the meta device where `weights` is given.
         tokenizer: to write beside it.
-        lineage: what happened up to here.
+        lineage: what happened up to here; a function is called once the weights are written.
         force: replace what stands at `path`.
         extra: may write further files into the folder before it gets its name.
         weights: gives the tensors of these names, for models that need not fit in memory: called for one shard after
@@ -68,59 +72,86 @@ def save_checkpoint(
     with replacing(Path(path), force=force) as folder:
         if weights is None:
             model.save_pretrained(folder)
+            digest = weights_digest(folder)
         else:
-            _save_streamed(folder, model, weights, on_progress)
+            digest = _save_streamed(folder, model, weights, on_progress)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if extra is not None:
             extra(folder)
-        lineage = lineage.model_copy(update={"weights_sha256": weights_digest(folder)})
-        (folder / LINEAGE_FILE).write_text(lineage.model_dump_json(indent=2, exclude_none=True) + "\n")
-        (folder / CARD_FILE).write_text(model_card(model.config, lineage), encoding="utf-8")
-    return lineage
+        known = lineage() if callable(lineage) else lineage
+        written = known.model_copy(update={"weights_sha256": digest})
+        (folder / LINEAGE_FILE).write_text(written.model_dump_json(indent=2, exclude_none=True) + "\n")
+        (folder / CARD_FILE).write_text(model_card(model.config, written), encoding="utf-8")
+    return written
 
 
-def _save_streamed(folder: Path, model: TokenformerForCausalLM, weights: Weights, on_progress: OnProgress) -> None:
-    """Do what `save_pretrained` does for a model whose weights come shard by shard."""
+def _save_streamed(folder: Path, model: Any, weights: Weights, on_progress: OnProgress) -> str:
+    """Do what `save_pretrained` does for a model whose weights come shard by shard; returns their digest."""
     config = model.config
     config.architectures, config.dtype = [type(model).__name__], model.dtype
-    custom_object_save(model, folder, config)
+    if model._auto_class is not None:
+        custom_object_save(model, folder, config)
     config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
     shapes = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    stored = architecture_of(config).stored
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=_SHARD_BYTES)
-    total, done = int(split.metadata["total_size"]), 0
-    for file, names in split.filename_to_tensors.items():
-        on_progress(done, total)
-        save_file(weights(names), folder / file, metadata={"format": "pt"})
-        done += sum(shapes[name].nbytes for name in names)
+    total, done, digest = int(split.metadata["total_size"]), 0, hashlib.sha256()
+
+    def flush(file: Path) -> None:
+        _add_file(digest, file)
+        _sync(file)
+
+    with ThreadPoolExecutor(max_workers=1) as flushing:  # one shard is hashed and flushed while the next is made
+        flushed = []
+        for file, names in sorted(split.filename_to_tensors.items()):
+            on_progress(done, total)
+            tensors = {stored.get(name, name): tensor for name, tensor in weights(names).items()}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            del tensors  # before the next ones are made
+            flushed.append(flushing.submit(flush, folder / file))
+            done += sum(shapes[name].nbytes for name in names)
+        for future in flushed:
+            future.result()
     on_progress(total, total)
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        files = {stored.get(name, name): file for name, file in split.tensor_to_filename.items()}
+        index = {"metadata": split.metadata, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return digest.hexdigest()
 
 
 def load_checkpoint(
-    path: str | Path, *, dtype: torch.dtype | None = None
-) -> tuple[TokenformerForCausalLM, PreTrainedTokenizerBase | None, Lineage]:
+    path: str | Path, *, dtype: torch.dtype | None = None, keep: float = 1.0
+) -> tuple[Any, PreTrainedTokenizerBase | None, Lineage]:
     """Verify and read the checkpoint at `path`: model in eval mode (dtype as stored by default), tokenizer, lineage.
 
+    An ordinary transformer's neurons are kept by token group; what `freeze` froze in the checkpoint is frozen. `keep`
+    below 1 takes the first share of each token group: a smaller size of a checkpoint whose tokens `slice` has sorted.
+
     Raises:
-        CheckpointError: missing, damaged, truncated, not a TokenFormer, or tensors that do not fit its configuration.
+        GrowthError: `keep` is not a share.
+        CheckpointError: missing, damaged, truncated, of an unknown kind, or tensors that do not fit its configuration.
         TokenizerError: the tokenizer has entries the model has no embedding for.
     """
     lineage = verify_checkpoint(path)
     try:
-        model, report = TokenformerForCausalLM.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
     except RuntimeError as error:  # tensors of other shapes
         raise CheckpointError(f"checkpoint {path} does not fit its own config.json: {error}") from error
     problems = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if problems:
         raise CheckpointError(f"checkpoint {path} does not fit its own config.json: {problems}")
+    group_neurons(model)
+    if keep != 1:
+        take(model, keep)
+    freeze(model, getattr(model.config, "frozen", None) or [])
     return model.eval(), load_tokenizer(path, model.config), lineage
 
 
-def load_tokenizer(path: str | Path, config: TokenformerConfig) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(path: str | Path, config: Any) -> PreTrainedTokenizerBase | None:
     """Read the tokenizer kept with a checkpoint, or return None where there is none.
 
     Raises:
@@ -139,7 +170,7 @@ def load_tokenizer(path: str | Path, config: TokenformerConfig) -> PreTrainedTok
     return tokenizer
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: TokenformerConfig, *, where: str) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, *, where: str) -> None:
     """Raise TokenizerError if the tokenizer `where` has entries the model has no embedding for."""
     if len(tokenizer) > config.vocab_size:
         raise TokenizerError(
@@ -148,7 +179,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: TokenformerConfi
         )
 
 
-def read_config(path: str | Path) -> TokenformerConfig:
+def read_config(path: str | Path) -> Any:
     """Read a checkpoint's configuration alone; errors as in `load_checkpoint`."""
     file = Path(path) / "config.json"
     _recover(Path(path))
@@ -159,9 +190,14 @@ def read_config(path: str | Path) -> TokenformerConfig:
         raise CheckpointError(f"no checkpoint at {path}: looked for {file.name} in it, found {found}")
     try:
         content = json.loads(file.read_text())
-        if content.get("model_type") != TokenformerConfig.model_type:
-            raise CheckpointError(f"checkpoint {path} is a {content.get('model_type')!r} model, not a tokenformer")
-        return TokenformerConfig.from_pretrained(path)
+        if content.get("model_type") not in ARCHITECTURES:
+            raise CheckpointError(
+                f"checkpoint {path} is a {content.get('model_type')!r} model, which is not in the table of "
+                f"architectures ({', '.join(ARCHITECTURES)}); a row in growth/architectures.py adds one"
+            )
+        if content.get("quantization_config"):
+            raise CheckpointError(f"checkpoint {path} is quantised; give the one that it was made from")
+        return AutoConfig.from_pretrained(path)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {file.name}: {error}") from error
 
@@ -173,15 +209,7 @@ def verify_checkpoint(path: str | Path) -> Lineage:
         CheckpointError: missing, damaged or truncated files, or weights that are not those the lineage names.
     """
     read_config(path)
-    for file in weight_files(Path(path)):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                tensors.keys()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"checkpoint {path} is damaged: {file.name} ({file.stat().st_size} bytes) cannot be read: {error}; "
-                "copy it again, or go back to the checkpoint it came from"
-            ) from error
+    tensor_files(path)
     try:
         lineage = Lineage.model_validate_json((Path(path) / LINEAGE_FILE).read_text())
     except FileNotFoundError:
@@ -197,6 +225,25 @@ def verify_checkpoint(path: str | Path) -> Lineage:
     return lineage
 
 
+def tensor_files(path: str | Path) -> dict[str, Path]:
+    """Return the names of all tensors of a checkpoint, and the file that each is in.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or no safetensors file.
+    """
+    found: dict[str, Path] = {}
+    for file in weight_files(Path(path)):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found |= dict.fromkeys(tensors.keys(), file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: {file.name} ({file.stat().st_size} bytes) cannot be read: {error}; "
+                "copy it again, or go back to the checkpoint it came from"
+            ) from error
+    return found
+
+
 def weights_digest(path: str | Path) -> str:
     """Return the sha256 over the weight files of a checkpoint, in the order of their names."""
     return files_digest(weight_files(Path(path)))
@@ -206,10 +253,14 @@ def files_digest(files: Iterable[Path]) -> str:
     """Return the sha256 over the contents of `files`, one after the other."""
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
+        _add_file(digest, file)
     return digest.hexdigest()
+
+
+def _add_file(digest: Any, file: Path) -> None:
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
 
 
 @contextmanager
@@ -287,6 +338,11 @@ def weight_files(path: Path) -> list[Path]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {index.name}: {type(error).__name__} {error}") from error
     missing = names - {file.name for file in files}
+    if missing and any(path.glob("pytorch_model*.bin")):
+        raise CheckpointError(
+            f"checkpoint {path} keeps its weights in pickles (.bin), which can run code; load and save it in "
+            "transformers, if you trust it, and give the folder with its .safetensors"
+        )
     if missing:
         raise CheckpointError(f"checkpoint {path} is incomplete: {', '.join(sorted(missing))} missing")
     return files

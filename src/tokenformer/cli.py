@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich import box
@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
+
+from .cli_groups import Checkpoint, Force, Output, groups, rewriting
 
 app = typer.Typer(
     help="Transformers whose parameters are tokens: train one, then make it bigger without losing what it knows.",
@@ -24,8 +26,8 @@ app = typer.Typer(
 )
 converters = typer.Typer(help="Other formats' checkpoints into ours, and back.", no_args_is_help=True)
 app.add_typer(converters, name="convert")
-Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output.")]
-Checkpoint = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", metavar="CHECKPOINT")]
+app.add_typer(groups)
+Keep = Annotated[float, typer.Option(help="Share of each token group to load, of a sliced checkpoint.")]
 
 
 @app.command()
@@ -61,96 +63,6 @@ def train(
 
 
 @app.command()
-def grow(
-    checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new checkpoint.")],
-    preset: Annotated[str | None, typer.Option(help="Grow to the sizes of this preset, such as 354m.")] = None,
-    qkv_param_tokens: Annotated[
-        str | None, typer.Option(help='Query, key, value: a total, or what to add: "+256", "+50%".', metavar="AMOUNT")
-    ] = None,
-    output_param_tokens: Annotated[
-        str | None, typer.Option(help="Attention output, likewise.", metavar="AMOUNT")
-    ] = None,
-    ffn_param_tokens: Annotated[str | None, typer.Option(help="Feed-forward, likewise.", metavar="AMOUNT")] = None,
-    num_hidden_layers: Annotated[str | None, typer.Option(help="Depth, likewise.", metavar="AMOUNT")] = None,
-    name: Annotated[str | None, typer.Option(help="Of the new token group.  [default: grown1, grown2, …]")] = None,
-    seed: Annotated[int, typer.Option(help="Of the new random values.")] = 0,
-    force: Force = False,
-) -> None:
-    """Make a model bigger; its outputs stay bit for bit the same."""
-    import torch
-
-    from .checkpoint import check_target, load_checkpoint, save_checkpoint
-    from .optimization import OPTIMIZER_FILE, grow_with_states, load_states
-    from .progress import quiet_libraries, stage_table
-
-    quiet_libraries()
-    check_target(output, force=force)
-    model, tokenizer, lineage = load_checkpoint(checkpoint)
-    arguments: dict[str, Any] = {
-        "preset": preset,
-        "qkv_param_tokens": qkv_param_tokens,
-        "output_param_tokens": output_param_tokens,
-        "ffn_param_tokens": ffn_param_tokens,
-        "num_hidden_layers": num_hidden_layers,
-        "name": name,
-    }
-    torch.manual_seed(seed)
-    states = grow_with_states(model, load_states(checkpoint), **arguments)
-    given = {key: value for key, value in arguments.items() if value is not None}
-    last = lineage.last
-    grown = lineage.then("grow", arguments=given, seed=seed, loss=last.loss, bits_per_byte=last.bits_per_byte)
-
-    def keep_states(folder: Path) -> None:
-        if states:
-            torch.save(states, folder / OPTIMIZER_FILE)
-
-    save_checkpoint(output, model, tokenizer, grown, force=force, extra=keep_states)
-    console = Console()
-    console.print(stage_table([("before", checkpoint), ("after", output)]))
-    console.print(f"Written: {output}", markup=False, soft_wrap=True)
-
-
-@app.command()
-def inspect(checkpoint: Checkpoint) -> None:
-    """Show a checkpoint's token groups, sizes, memory and lineage."""
-    import torch
-
-    from . import cost
-    from .checkpoint import read_config, verify_checkpoint
-    from .progress import lineage_table, quiet_libraries
-
-    quiet_libraries()
-    config, lineage = read_config(checkpoint), verify_checkpoint(checkpoint)
-    width = (config.dtype or torch.float32).itemsize
-    groups = Table(title="Token groups", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("group", "qkv", "output", "ffn", "tokens", "parameters", "MB"):
-        groups.add_column(column, justify="left" if column == "group" else "right")
-    tokens, counts = cost.group_tokens(config), cost.group_parameters(config)
-    for group in config.token_groups or []:
-        n = group["name"]
-        sizes = [str(group[p]) for p in ("qkv", "output", "ffn")]
-        groups.add_row(n, *sizes, f"{tokens[n]:,}", f"{counts[n]:,}", f"{counts[n] * width / 1e6:,.1f}")
-    rest = cost.parameters(config) - sum(counts.values())
-    groups.add_row("[i]everything else[/i]", "", "", "", "", f"{rest:,}", f"{rest * width / 1e6:,.1f}")
-    console = Console()
-    console.print(
-        f"{checkpoint}: {cost.parameters(config):,} parameters, {config.num_hidden_layers} blocks of width "
-        f"{config.hidden_size}, {config.norm_activation_type}, vocabulary {config.vocab_size:,}",
-        markup=False,
-        soft_wrap=True,
-    )
-    console.print(
-        f"training needs {cost.training_bytes(config) / 1e6:,.0f} MB beside activations (float32, AdamW); generating "
-        f"reads {cost.parameters(config) * width / 1e6:,.1f} MB per text token",
-        soft_wrap=True,
-    )
-    console.print(groups)
-    console.print(lineage_table(lineage))
-    console.print(f"weights sha256 {lineage.weights_sha256}")
-
-
-@app.command()
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Argument(help="Text to continue; empty starts a document.")] = "",
@@ -158,6 +70,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest; higher is wilder.", min=0)] = 0.8,
     top_k: Annotated[int, typer.Option(help="Sample among this many likeliest; 0 is all.", min=0)] = 50,
     seed: Annotated[int | None, typer.Option(help="For the same text again.")] = None,
+    keep: Keep = 1.0,
 ) -> None:
     """Continue a text, streaming it as it is written."""
     import torch
@@ -168,13 +81,14 @@ def generate(
     from .progress import quiet_libraries
 
     quiet_libraries()
-    model, tokenizer, _ = load_checkpoint(checkpoint)
+    model, tokenizer, _ = load_checkpoint(checkpoint, keep=keep)
     model.to(torch.accelerator.current_accelerator() or "cpu")
     if tokenizer is None:
         raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")
     if seed is not None:
         torch.manual_seed(seed)
-    ids = [tokenizer.eos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    ids = [start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     room = model.config.max_position_embeddings - len(ids)
     if room < 1:
         raise TokenizerError(
@@ -207,6 +121,7 @@ def evaluate(
         int | None, typer.Option(help="Text tokens in a block of text.  [default: as trained]", min=2)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Blocks or requests at a time.", min=1)] = 16,
+    keep: Keep = 1.0,
 ) -> None:
     """Measure bits per byte on any text, and run lm-eval's tasks."""
     import torch
@@ -220,7 +135,7 @@ def evaluate(
     quiet_libraries()
     if not text and not tasks:
         raise EvaluationError("nothing to evaluate on: give --text SOURCE, --tasks TASKS, or both")
-    model, tokenizer, lineage = load_checkpoint(checkpoint)
+    model, tokenizer, lineage = load_checkpoint(checkpoint, keep=keep)
     if tokenizer is None:
         raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")
     model.to(torch.accelerator.current_accelerator() or "cpu")
@@ -261,34 +176,44 @@ def push(
 def convert_official(
     weights: Annotated[Path, typer.Argument(help="pytorch_model.bin, or a folder of layer files.", metavar="WEIGHTS")],
     config: Annotated[Path, typer.Option(help="The official YAML, such as 150M_eval.yml.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new checkpoint.")],
+    output: Output,
     tokenizer: Annotated[
         str | None, typer.Option(help="To keep beside it: tokenizer.json, folder or name (official: GPT-NeoX-20B's).")
     ] = None,
     force: Force = False,
 ) -> None:
     """Turn an official TokenFormer checkpoint into an ordinary Hugging Face model."""
-    from rich.progress import Progress
-
     from .convert.files import convert_official as run
     from .progress import quiet_libraries, stage_table
 
     quiet_libraries()
     console = Console()
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("writing", total=None)
-        run(
-            weights,
-            config,
-            output,
-            tokenizer=tokenizer,
-            force=force,
-            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with rewriting(console) as on_progress:
+        run(weights, config, output, tokenizer=tokenizer, force=force, on_progress=on_progress)
     console.print(stage_table([("converted", output)]))
     console.print(f"Written: {output}", markup=False, soft_wrap=True)
     if tokenizer is None:
         console.print("Without a tokenizer it reads and writes ids only; --tokenizer keeps GPT-NeoX-20B's beside it.")
+
+
+@converters.command("transformer")
+def convert_transformer(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of a GPT-NeoX checkpoint, such as Pythia's.", metavar="DIR")
+    ],
+    output: Output,
+    force: Force = False,
+) -> None:
+    """Turn an ordinary GPT-NeoX into a TokenFormer that computes the same, and can grow everywhere."""
+    from .convert.transformer import convert_transformer as run
+    from .progress import quiet_libraries, stage_table
+
+    quiet_libraries()
+    console = Console()
+    with rewriting(console) as on_progress:
+        run(checkpoint, output, force=force, on_progress=on_progress)
+    console.print(stage_table([("converted", output)]))
+    console.print(f"Written: {output}", markup=False, soft_wrap=True)
 
 
 @converters.command("to-official")

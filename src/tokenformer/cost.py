@@ -1,54 +1,76 @@
-"""What a model costs, from its configuration alone: parameters, FLOPs, bytes."""
+"""What a model costs, from its configuration alone: parameters, FLOPs, bytes. For any architecture in the table."""
 
 from __future__ import annotations
 
-from .models.configuration_tokenformer import PROJECTIONS, TokenformerConfig
+import json
+from functools import lru_cache
+from typing import Any
 
-# Maps of one block per projection: query, key and value share the "qkv" count.
-_MAPS = {projection: len(modules) for projection, modules in PROJECTIONS.items()}
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from .growth.architectures import architecture_of, count_of, places, token_groups
+from .growth.state import read_map
 
 
-def group_parameters(config: TokenformerConfig) -> dict[str, int]:
-    """Parameters in each token group: keys and values of all its tokens in all blocks."""
-    assert config.token_groups is not None
-    per_token = 2 * config.hidden_size * config.num_hidden_layers
-    return {group["name"]: per_token * sum(_MAPS[p] * group[p] for p in PROJECTIONS) for group in config.token_groups}
+def group_parameters(config: Any) -> dict[str, int]:
+    """Parameters in each token group: keys and values of all its tokens in all blocks, with biases."""
+    state, counts = _model(config).state_dict(), {group["name"]: 0 for group in token_groups(config)}
+    for block, token_map in places(config):
+        for name, tensors in read_map(config, state, block, token_map).items():
+            counts[name] += sum(t.numel() for part, t in tensors.items() if ".gates." not in part)
+    return counts
 
 
-def group_tokens(config: TokenformerConfig) -> dict[str, int]:
+def group_tokens(config: Any) -> dict[str, int]:
     """Parameter tokens in each token group, over all projections and blocks."""
-    return {name: n // (2 * config.hidden_size) for name, n in group_parameters(config).items()}
+    listed = list(places(config))
+    return {
+        g["name"]: sum(count_of(g, place.projection, block) for block, place in listed) for g in token_groups(config)
+    }
 
 
-def parameters(config: TokenformerConfig) -> int:
-    """All trainable numbers, the tied embedding counted once."""
-    assert config.linear_projections is not None
-    d = config.hidden_size
-    linear = config.num_hidden_layers * d * d * sum(_MAPS[p] for p in config.linear_projections)
-    embedding = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
-    return sum(group_parameters(config).values()) + linear + embedding + 2 * d
+def parameters(config: Any) -> int:
+    """All trainable numbers, a tied embedding counted once."""
+    return sum(p.numel() for p in _model(config).parameters())
 
 
-def matrix_parameters(config: TokenformerConfig) -> int:
-    """Parameters that multiply every text token: all but the final norm, the embedding once (as the output head)."""
-    head = config.vocab_size * config.hidden_size
-    return parameters(config) - 2 * config.hidden_size - (0 if config.tie_word_embeddings else head)
+def matrix_parameters(config: Any) -> int:
+    """Parameters that multiply every text token: the weights of all linear maps, the output head among them."""
+    return sum(m.weight.numel() for m in _model(config).modules() if isinstance(m, nn.Linear | Conv1D))
 
 
-def forward_flops(config: TokenformerConfig, context: int) -> float:
+def forward_flops(config: Any, context: int) -> float:
     """FLOPs per text token of one forward pass over `context` text tokens.
 
-    2N + 4·layers·hidden·context (paper, table 3), N including the output head; attention counted without the causal
-    half, norms and activations not at all.
+    2N + 4·layers·width·context (paper, table 3), N including the output head, width that of all attention heads;
+    attention counted without the causal half, norms and activations not at all.
     """
-    return 2.0 * matrix_parameters(config) + 4.0 * config.num_hidden_layers * config.hidden_size * context
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return 2.0 * matrix_parameters(config) + 4.0 * config.num_hidden_layers * width * context
 
 
-def training_flops(config: TokenformerConfig, context: int, *, frozen_parameters: int = 0) -> float:
+def training_flops(config: Any, context: int, *, frozen_parameters: int = 0) -> float:
     """FLOPs per text token of forward and backward: three forward passes, less the frozen weights' gradients."""
     return 3.0 * forward_flops(config, context) - 2.0 * frozen_parameters
 
 
-def training_bytes(config: TokenformerConfig) -> int:
+def training_bytes(config: Any) -> int:
     """Bytes of float32 weights, gradients and AdamW's two moments; activations come on top."""
     return 16 * parameters(config)
+
+
+def _model(config: Any) -> nn.Module:
+    """Return the model without its weights."""
+    architecture_of(config)
+    return _built(config.to_json_string(use_diff=False))
+
+
+@lru_cache(maxsize=8)
+def _built(content: str) -> nn.Module:
+    fields = json.loads(content)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))

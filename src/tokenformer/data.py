@@ -172,6 +172,23 @@ def training_order(num_blocks: int, start: int, count: int, *, seed: int) -> np.
     return order[first : first + count]
 
 
+def sample_blocks(
+    source: str, tokenizer: PreTrainedTokenizerBase, *, block_length: int, text_tokens: int = 65_536
+) -> datasets.Dataset:
+    """Return about `text_tokens` of the text of `source`, from all over it, packed into blocks: to judge a model by.
+
+    Raises:
+        DataError: there is no such text, it cannot be read, or it is shorter than a block.
+    """
+    documents = load_documents(source, text_column="text", split="train", streaming=False)
+    order = np.random.default_rng(0).permutation(len(documents))
+    sizes = np.cumsum([len(documents[int(i)]["text"]) for i in order[: text_tokens // 8]])
+    enough = int(np.searchsorted(sizes, 16 * text_tokens)) + 1
+    blocks = pack(documents.select(order[:enough].tolist()), tokenizer, block_length=block_length)
+    step = max(1, len(blocks) * (block_length - 1) // text_tokens)
+    return blocks.select(range(0, len(blocks), step))
+
+
 def utf8_bytes(documents: Iterable[Any]) -> int:
     """Bytes of text in rows of {"text"}."""
     return sum(len(row["text"].encode()) for row in documents)

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError, RecipeError
+from .errors import CheckpointError
 from .growth.grow import grow
-from .models.modeling_tokenformer import TokenformerForCausalLM
 from .recipe import Recipe, Stage
 
 OPTIMIZER_FILE = "optimizer.pt"
@@ -40,24 +39,6 @@ def learning_rate(recipe: Recipe, stage: int, step: int) -> float:
     return peak * min(1.0, rise, fall)
 
 
-def freeze(model: TokenformerForCausalLM, frozen: list[str]) -> None:
-    """Set `requires_grad` of every parameter by whether a name in `frozen` covers it."""
-    groups = [group["name"] for group in model.config.token_groups or []]
-    parts = {
-        **{name: f".groups.{name}." for name in groups},
-        "embedding": "embed_tokens.",
-        "final_norm": "model.norm.",
-        "linear_maps": ".linear.",
-    }
-    unknown = [name for name in frozen if name not in parts]
-    if unknown:
-        raise RecipeError(f"frozen names {', '.join(map(repr, unknown))}; this model has {', '.join(parts)}")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(parts[part] in name for part in frozen))
-    if not any(p.requires_grad for p in model.parameters()):
-        raise RecipeError(f"frozen {', '.join(frozen)} leaves nothing to train")
-
-
 def load_states(checkpoint: str | Path) -> OptimizerState:
     """Read the optimizer's states by parameter name; none where the checkpoint came without.
 
@@ -76,7 +57,7 @@ def load_states(checkpoint: str | Path) -> OptimizerState:
         ) from error
 
 
-def grow_with_states(model: TokenformerForCausalLM, states: OptimizerState, **growth: Any) -> OptimizerState:
+def grow_with_states(model: Any, states: OptimizerState, **growth: Any) -> OptimizerState:
     """Grow `model` in place, and return `states` under the names that growing gave their parameters.
 
     Raises:
@@ -88,7 +69,7 @@ def grow_with_states(model: TokenformerForCausalLM, states: OptimizerState, **gr
     return {names[name]: state for name, state in states.items()}
 
 
-def make_optimizer(model: TokenformerForCausalLM, recipe: Recipe, states: OptimizerState) -> torch.optim.Optimizer:
+def make_optimizer(model: Any, recipe: Recipe, states: OptimizerState) -> torch.optim.Optimizer:
     """AdamW over what trains, each parameter with the state it had in an earlier stage, if it had one."""
     t = recipe.training
     training = {name: p for name, p in model.named_parameters() if p.requires_grad}

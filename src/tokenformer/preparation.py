@@ -12,17 +12,16 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .checkpoint import check_target, disk_errors, load_tokenizer, read_config
 from .data import TextData, prepare
 from .errors import CheckpointError, GrowthError, RecipeError, TokenizerError
+from .growth.freeze import freeze_only
 from .growth.grow import grow
 from .models.configuration_tokenformer import TokenformerConfig
-from .models.modeling_tokenformer import TokenformerForCausalLM
-from .optimization import freeze
-from .recipe import Recipe, parse_recipe
+from .recipe import Recipe, Stage, parse_recipe
 
 # Fields of TrainingArguments that do nothing beside our optimizer, schedule and validation; those that break resuming.
 _DECIDED = ("learning_rate", "lr_", "optim", "weight_decay", "adam_", "warmup_", "num_train_epochs", "eval_", "save_")
@@ -90,17 +89,32 @@ def prepare_run(recipe: Recipe, run: Path) -> TextData:
             f"tokenizer {recipe.data.tokenizer} has {len(data.tokenizer)} entries, the embedding of {initial}, which "
             f"came without a tokenizer, {config.vocab_size}: name the one it was trained with as data.tokenizer"
         )
+    if config is not None and config.model_type != "tokenformer" and length > config.max_position_embeddings:
+        raise RecipeError(
+            f"training.sequence_length is {length}, more than the {config.max_position_embeddings} text tokens that "
+            f"the model in {initial} can read"
+        )
     training_arguments(recipe, run, steps=1)
     with torch.device("meta"):
-        model = TokenformerForCausalLM(config or first_config(recipe, data))
+        model = AutoModelForCausalLM.from_config(config or first_config(recipe, data))
         for i, stage in enumerate(recipe.stages):
             try:
                 if stage.growth:
                     grow(model, **stage.growth)
-                freeze(model, stage.frozen)
-            except (GrowthError, RecipeError) as error:
-                raise type(error)(f"stages.{i}: {error}") from error
+            except GrowthError as error:
+                raise GrowthError(f"stages.{i}: {error}") from error
+            try:
+                freeze_only(model, frozen_parts(stage, model.config))
+            except GrowthError as error:
+                raise RecipeError(f"stages.{i}: {error}") from error
+            if stage.nested_dropout is not None and model.config.model_type != "tokenformer":
+                raise RecipeError(f"stages.{i}: nested_dropout takes prefixes of a TokenFormer's token groups only")
     return data
+
+
+def frozen_parts(stage: Stage, config: Any) -> list[str]:
+    """Return what a stage freezes: what it says, or else what the checkpoint has frozen."""
+    return stage.frozen if stage.frozen is not None else list(getattr(config, "frozen", None) or [])
 
 
 def first_config(recipe: Recipe, data: TextData) -> TokenformerConfig:

@@ -169,15 +169,22 @@ class Stage(_Section):
     """Name of the token group that growing adds. Default: grown1, grown2, …."""
     learning_rate: float | None = Field(None, gt=0)
     """Peak learning rate of this stage. Default: training.learning_rate."""
-    frozen: list[str] = []
-    """What does not train in this stage: names of token groups, "embedding", "final_norm", "linear_maps"."""
+    token_group_norm: Literal["joint", "per_group"] | None = None
+    """What the scores of a token group are normalised with, chosen while there is one: those of all, or its own."""
+    frozen: list[str] | None = None
+    """What does not train in this stage: names of token groups, "embedding" (with the output head), "final_norm",
+    "linear_maps" (all else in the blocks). Default: what `tokenformer freeze` froze in the checkpoint."""
+    nested_dropout: float | None = Field(None, gt=0, le=1)
+    """Train prefixes as well, so that slices of the model are good: in every step only a random share of each group's
+    first parameter tokens takes part, between this and 1."""
 
     @property
     def growth(self) -> dict[str, Any]:
         """Keyword arguments for `grow`; empty where this stage does not grow."""
         fields = {"preset", "qkv_param_tokens", "output_param_tokens", "ffn_param_tokens", "num_hidden_layers"}
         asked = self.model_dump(include=fields, exclude_none=True)
-        return {**asked, "name": self.group} if asked else {}
+        norm = {"token_group_norm": self.token_group_norm} if self.token_group_norm else {}
+        return {**asked, "name": self.group, **norm} if asked else {}
 
 
 class Recipe(_Section):

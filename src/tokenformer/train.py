@@ -8,6 +8,7 @@ files alone, so an interrupted run and an uninterrupted one go through the same 
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import signal
 import time
@@ -31,12 +32,14 @@ from .checkpoint import (
 from .data import TextData, training_order
 from .errors import CheckpointError, DataError
 from .evaluate import Evaluation, evaluate
+from .growth.architectures import token_groups
+from .growth.freeze import freeze_only
 from .lineage import Lineage
 from .models.modeling_tokenformer import TokenformerForCausalLM
+from .models.pattention import Pattention
 from .optimization import (
     OPTIMIZER_FILE,
     OptimizerState,
-    freeze,
     grow_with_states,
     learning_rate,
     load_states,
@@ -46,6 +49,7 @@ from .optimization import (
 from .preparation import (
     check_resumable,
     first_config,
+    frozen_parts,
     new_run,
     prepare_run,
     processes,
@@ -180,7 +184,7 @@ class _StageRun(TrainerCallback):
         self.model.to(arguments.device)
         if self.stage.growth:
             states = self._grow(states, quiet=done > 0)
-        freeze(self.model, self.stage.frozen)
+        freeze_only(self.model, frozen_parts(self.stage, self.model.config))
         self.flops_per_step = self.tokens_per_step * cost.training_flops(
             self.model.config,
             self.recipe.training.sequence_length,
@@ -211,15 +215,16 @@ class _StageRun(TrainerCallback):
         """Of this stage's new weights."""
         return self.recipe.seed * 1000 + self.index
 
-    def _start(self, previous: str | Path | None) -> tuple[TokenformerForCausalLM, OptimizerState, Lineage]:
+    def _start(self, previous: str | Path | None) -> tuple[Any, OptimizerState, Lineage]:
         """Build what this stage starts from, out of files and seeds alone."""
         torch.manual_seed(self._seed)
         if previous is None:
             return TokenformerForCausalLM(first_config(self.recipe, self.data)), {}, Lineage()
         model, _, lineage = load_checkpoint(previous, dtype=torch.float32)
-        model.config.max_position_embeddings = max(
-            model.config.max_position_embeddings, self.recipe.training.sequence_length
-        )
+        if model.config.model_type == "tokenformer":
+            model.config.max_position_embeddings = max(
+                model.config.max_position_embeddings, self.recipe.training.sequence_length
+            )
         return model, load_states(previous), lineage
 
     def _grow(self, states: OptimizerState, *, quiet: bool) -> OptimizerState:
@@ -230,9 +235,8 @@ class _StageRun(TrainerCallback):
         sample = torch.tensor(self.data.validation_blocks[:4]["input_ids"], device=model.device)
         with torch.no_grad():
             logits = model(sample, use_cache=False).logits
-            groups = len(model.config.token_groups)
             states = grow_with_states(model, states, **self.stage.growth)
-            self.added_group = next((g["name"] for g in model.config.token_groups[groups:]), None)
+            self.added_group = token_groups(model.config)[-1]["name"]
             equal = torch.equal(model(sample, use_cache=False).logits, logits)
         if not quiet:
             after = self._evaluate(model).loss
@@ -279,7 +283,18 @@ class _StageRun(TrainerCallback):
         }
         (self.log.on_event if event == "progress" else self.log.write)({**line, **facts})
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stage.nested_dropout is not None:
+            rng = random.Random(f"{self._seed} {state.global_step}")
+            self._keep(rng.uniform(self.stage.nested_dropout, 1))
+
+    def _keep(self, share: float) -> None:
+        """Let only the first share of each token group take part."""
+        for layer in (m for m in self.model.modules() if isinstance(m, Pattention)):
+            layer.keep = share
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._keep(1.0)
         self._emit("progress", state.global_step)
         if state.global_step in self.evaluation_steps:
             started = time.perf_counter()

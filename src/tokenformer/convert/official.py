@@ -174,6 +174,19 @@ def check_expressible(config: TokenformerConfig) -> None:
         reasons.append(f"its rotary embedding is scaled ({rope['rope_type']})")
     if not config.tie_word_embeddings:
         reasons.append("its output head is not tied to its embedding")
+    if config.norm_activation_type == "gelu":
+        reasons.append("its scores are not normalised")
+    if config.token_group_norm == "per_group" and len(config.token_groups or []) > 1:
+        reasons.append("its token groups are normalised each by itself")
+    if config.pattention_bias:
+        reasons.append("its projections have biases")
+    if config.use_parallel_residual:
+        reasons.append("its attention and feed-forward run in parallel")
+    for group in config.token_groups or []:
+        if group.get("routed"):
+            reasons.append(f"its token group {group['name']!r} is routed")
+        if any(isinstance(group[p], list) for p in PROJECTIONS):
+            reasons.append(f"its blocks differ in the parameter tokens of {group['name']!r}")
     if reasons:
         raise ConversionError(f"the official code cannot express this model: {'; '.join(reasons)}")
 

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import copy
+import hashlib
 import math
 import re
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import GrowthError
 from ..models.configuration_tokenformer import PRESETS, PROJECTIONS
-from ..models.modeling_tokenformer import TokenformerPreTrainedModel
-from ..models.pattention import check_group
+from ..models.pattention import check_group, default_tau, draw_tokens, zero_of_new_group
+from .architectures import Group, Groups, TokenMap, architecture_of, token_groups, with_groups
+from .neurons import GroupedLinear
+from .operations import Operation, apply, unchanged
 
 Amount = int | str
 
 
-@torch.no_grad()
 def grow(
-    model: TokenformerPreTrainedModel,
+    model: Any,
     *,
     preset: str | None = None,
     qkv_param_tokens: Amount | None = None,
@@ -29,61 +31,135 @@ def grow(
     ffn_param_tokens: Amount | None = None,
     num_hidden_layers: Amount | None = None,
     name: str | None = None,
+    token_group_norm: str | None = None,
 ) -> None:
     """Grow `model` in place to the totals given; logits stay bit for bit the same in every dtype.
 
-    New parameter tokens form one token group whose keys are zero and values random (beside a linear map without tokens:
-    random keys, zero values). New blocks are copies of the block below, spread evenly, whose output and feed-forward
-    values are zero. Trained parameters stay the same objects; τ does not move.
+    New parameter tokens form one token group. Beside tokens that share their norm its keys are zero and its values
+    random; elsewhere (beside a linear map alone, norms per group, the neurons of an ordinary transformer) its keys are
+    random and its values zero. New blocks are copies of the block below, spread evenly, whose last maps are zero; they
+    belong to the new group. Trained parameters stay the same objects; τ does not move. An ordinary transformer's
+    neurons are first told apart by `group_neurons`, which for GPT-2 is exact to rounding.
 
     Args:
-        model: TokenformerModel or TokenformerForCausalLM.
+        model: TokenFormer, or an ordinary transformer of an architecture in `growth.architectures`.
         preset: take the three counts and the depth from this preset, which must have the model's width and heads.
         qkv_param_tokens, output_param_tokens, ffn_param_tokens: parameter tokens to reach in each projection, all
-            groups together: a total, or what to add as "+256" or "+50%". Default: as they are.
+            groups together: a total, or what to add as "+256" or "+50%". Default: as they are. An ordinary
+            transformer's are its MLP's neurons, `ffn_param_tokens`.
         num_hidden_layers: blocks to reach, in the same notations.
         name: of the new group; default "grown1", "grown2", ….
+        token_group_norm: "joint" or "per_group", where the model has one group and both compute the same.
 
     Raises:
         GrowthError: a total below the current one, nothing to grow, an unknown preset or one of another width, a name
-            already taken or impossible, `softmax` where tokens exist, or new blocks where maps are quantised or
-            adapted. The model is then untouched.
+            already taken or impossible, a jointly normalised `softmax` where tokens exist, an architecture without a
+            row in the table, or maps that are quantised or adapted where they would have to change. The model is then
+            untouched.
     """
-    config: Any = model.config
-    asked: dict[str, Amount | None] = {
-        "qkv_param_tokens": qkv_param_tokens,
-        "output_param_tokens": output_param_tokens,
-        "ffn_param_tokens": ffn_param_tokens,
-        "num_hidden_layers": num_hidden_layers,
-    }
+    like = next(model.parameters())
+    operation = grow_operation(
+        model.config,
+        preset=preset,
+        qkv_param_tokens=qkv_param_tokens,
+        output_param_tokens=output_param_tokens,
+        ffn_param_tokens=ffn_param_tokens,
+        num_hidden_layers=num_hidden_layers,
+        name=name,
+        token_group_norm=token_group_norm,
+        seed=int(torch.randint(2**62, (), device="cpu")),
+        dtype=like.dtype,
+        device=like.device,
+    )
+    if operation.silent:
+        _check_last_maps(model)
+    apply(model, operation)
+
+
+def grow_operation(
+    config: Any,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    preset: str | None = None,
+    num_hidden_layers: Amount | None = None,
+    name: str | None = None,
+    token_group_norm: str | None = None,
+    **param_tokens: Amount | None,
+) -> Operation:
+    """Return what `grow` does; every new tensor is drawn from `seed` and its own place alone.
+
+    Args:
+        config: of the model.
+        seed: of the random values.
+        dtype, device: of the new tensors.
+        preset, num_hidden_layers, name, token_group_norm, param_tokens: as for `grow`.
+
+    Raises:
+        GrowthError: as `grow`.
+    """
+    row = architecture_of(config)
+    fields = {**{f"{p}_param_tokens": field for p, field in row.counts.items()}, "num_hidden_layers": row.depth}
+    asked = {**param_tokens, "num_hidden_layers": num_hidden_layers}
     if preset is not None:
-        asked = _preset_totals(config, preset) | {
-            field: amount for field, amount in asked.items() if amount is not None
-        }
-    current = {field: getattr(config, field) for field in asked}
-    target = {field: resolve_amount(amount, current[field], what=field) for field, amount in asked.items()}
-    added = {p: target[f"{p}_param_tokens"] - current[f"{p}_param_tokens"] for p in PROJECTIONS}
+        given = {field: amount for field, amount in asked.items() if amount is not None}
+        asked = {**_preset_totals(config, preset), **given}
+    foreign = [field for field, amount in asked.items() if amount is not None and field not in fields]
+    if foreign:
+        raise GrowthError(
+            f"a {config.model_type!r} model has no parameter tokens of the kind {', '.join(foreign)}: its are the "
+            f"neurons of its MLP, {', '.join(fields)}"
+        )
+    groups = token_groups(config)
+    current = {field: _current(config, groups, field, ours) for field, ours in fields.items()}
+    target = {field: resolve_amount(asked.get(field), current[field], what=field) for field in fields}
+    added = {p: target[f"{p}_param_tokens"] - current[f"{p}_param_tokens"] for p in row.counts}
     if target == current:
         raise GrowthError(f"nothing to grow: the model already has {_describe(current)}; ask for more than that")
-    name = _group_name(config, name)
+    norm = _group_norm(config, groups, token_group_norm)
     for projection, count in added.items():
-        if count and current[f"{projection}_param_tokens"] and config.norm_activation_type == "softmax":
+        if count and current[f"{projection}_param_tokens"] and _kind(config) == "softmax" and norm == "joint":
             raise GrowthError(
                 f"cannot grow {projection}_param_tokens: this model normalises with softmax, where a new zero-score "
                 "token has weight exp(0) = 1 and takes it from the old ones, so the outputs would change; only "
                 "l2_norm_gelu and gelu_l2_norm models can gain tokens (depth can grow under softmax, too)"
             )
-    if target["num_hidden_layers"] > current["num_hidden_layers"]:
-        _check_last_maps(model)
-        _insert_blocks(model, target["num_hidden_layers"])
-    if any(added.values()):
-        for projection, layers in model.pattention_layers.items():
-            for layer in layers if added[projection] else ():
-                layer.add_group(name, added[projection])
-                setattr(config, f"{projection}_tau", layer.tau)
-        config.token_groups = [*config.token_groups, {"name": name, **added}]
-    for field, total in target.items():
-        setattr(config, field, total)
+    depth, total = current["num_hidden_layers"], target["num_hidden_layers"]
+    if total > depth:
+        _check_depth(config)
+    blocks = [
+        i for i in range(depth) for _ in range(1 + (i + 1) * (total - depth) // depth - i * (total - depth) // depth)
+    ]
+    silent = [i for i, block in enumerate(blocks) if i and blocks[i - 1] == block]
+    new: Group = {"name": _group_name(groups, name), **added}
+    more: dict[str, Any] = {"token_group_norm": norm} if norm is not None else {}
+    for projection, count in added.items():
+        if count and not current[f"{projection}_param_tokens"]:
+            more[f"{projection}_tau"] = default_tau(count, config.norm_activation_type)
+    grown = with_groups(config, [*groups, new], blocks=blocks if silent else None, **more)
+    if silent:
+        grown.token_groups[-1]["blocks"] = silent
+
+    def change(block: int, token_map: TokenMap, old: Groups) -> Groups:
+        count = added[token_map.projection]
+        if not count:
+            return old
+        place = f"{seed} {block} {token_map.name} {new['name']}"
+        generator = torch.Generator().manual_seed(
+            int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest())
+        )
+        if config.model_type == "tokenformer":
+            tokens = _new_tokens(
+                grown, token_map, count, zero_of_new_group(bool(old), norm or "joint"), generator, device, dtype
+            )
+        else:
+            tokens = _new_neurons(token_map, count, next(iter(old.values())), generator)
+        return {**old, new["name"]: tokens}
+
+    wanted = {"preset": preset, **asked, "name": new["name"], "token_group_norm": token_group_norm}
+    arguments = {field: amount for field, amount in wanted.items() if amount is not None}
+    return Operation("grow", grown, change, blocks, moments=unchanged, silent=silent, arguments=arguments)
 
 
 def resolve_amount(amount: Amount | None, current: int, *, what: str) -> int:
@@ -109,9 +185,92 @@ def resolve_amount(amount: Amount | None, current: int, *, what: str) -> int:
     return total
 
 
+def _new_tokens(
+    config: Any,
+    token_map: TokenMap,
+    count: int,
+    zero: Any,
+    generator: torch.Generator,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    wang_std = 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
+    keys, values = draw_tokens(
+        config.hidden_size,
+        config.hidden_size,
+        count,
+        zero=zero,
+        std=wang_std if zero == "keys" else config.initializer_range,
+        generator=generator,
+        device=device,
+        dtype=dtype,
+    )
+    group = f"{token_map.name}.groups.{{group}}"
+    biases = {f"{group}.keys.bias": keys.new_zeros(count)} if config.pattention_bias else {}
+    return {f"{group}.keys.weight": keys, f"{group}.values.weight": values, **biases}
+
+
+def _new_neurons(
+    token_map: TokenMap, count: int, like: dict[str, Tensor], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Draw keys as spread as the old ones, since smaller ones hardly move a pretrained model; all else is zero."""
+    neurons = {}
+    for part in token_map.parts:
+        if part.tensor not in like:
+            continue
+        old = like[part.tensor]
+        shape = [count if axis == part.axis else size for axis, size in enumerate(old.shape)]
+        neurons[part.tensor] = old.new_zeros(shape)
+        if part.axis == 0 and old.dim() == 2 and not old.is_meta:
+            std = old.float().std().item()
+            neurons[part.tensor].copy_(torch.empty(shape, dtype=old.dtype).normal_(std=std, generator=generator))
+    return neurons
+
+
+def _kind(config: Any) -> str:
+    return getattr(config, "norm_activation_type", "gelu")
+
+
+def _current(config: Any, groups: list[Group], field: str, ours: str) -> int:
+    if field == "num_hidden_layers":
+        return getattr(config, ours)
+    counts = [group.get(field.removesuffix("_param_tokens"), 0) for group in groups]
+    blocks = range(getattr(config, architecture_of(config).depth))
+    return max(sum(n[i] if isinstance(n, list) else n for n in counts) for i in blocks)
+
+
+def _group_norm(config: Any, groups: list[Group], asked: str | None) -> str | None:
+    found = getattr(config, "token_group_norm", None)
+    if asked in (None, found):
+        return found
+    if found is None:
+        raise GrowthError(f"token_group_norm {asked!r} was asked; a {config.model_type!r} model has no such norm")
+    if asked not in ("joint", "per_group"):
+        raise GrowthError(f"token_group_norm is {asked!r}; it must be joint or per_group")
+    if len(groups) > 1:
+        raise GrowthError(
+            f"this model normalises its {len(groups)} token groups {found}; {asked} would compute something else. It "
+            "can be chosen while there is one group"
+        )
+    return asked
+
+
+def _check_depth(config: Any) -> None:
+    """Refuse where a block with zero last maps is not silent, or where blocks depend on their number."""
+    if config.model_type == "opt" and not config.do_layer_norm_before:
+        reason = "its blocks normalise what they pass on, so that none can be silent"
+    elif getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        reason = "it scales attention by the number of the block"
+    else:
+        return
+    raise GrowthError(f"cannot add blocks to this {config.model_type!r} model: {reason}")
+
+
 def _preset_totals(config: Any, preset: str) -> dict[str, Amount | None]:
     if preset not in PRESETS:
         raise GrowthError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    if config.model_type != "tokenformer":
+        raise GrowthError(f"presets are sizes of TokenFormers; this is a {config.model_type!r} model: give totals")
     sizes = PRESETS[preset]
     for field in ("hidden_size", "num_attention_heads"):
         if sizes[field] != getattr(config, field):
@@ -122,8 +281,8 @@ def _preset_totals(config: Any, preset: str) -> dict[str, Amount | None]:
     return {f: sizes[f] for f in (*(f"{p}_param_tokens" for p in PROJECTIONS), "num_hidden_layers")}
 
 
-def _group_name(config: Any, name: str | None) -> str:
-    taken = [group["name"] for group in config.token_groups]
+def _group_name(groups: list[Group], name: str | None) -> str:
+    taken = [group["name"] for group in groups]
     if name is None:
         return next(f"grown{i}" for i in range(1, len(taken) + 2) if f"grown{i}" not in taken)
     if name in taken:
@@ -135,35 +294,13 @@ def _group_name(config: Any, name: str | None) -> str:
     return name
 
 
-def _insert_blocks(model: TokenformerPreTrainedModel, total: int) -> None:
-    """Spread copies with zero values evenly among the blocks, each right above the block it copies."""
-    old = list(model.base_model.layers)
-    blocks: list[Any] = []
-    for i, block in enumerate(old):
-        blocks.append(block)
-        copies = (i + 1) * (total - len(old)) // len(old) - i * (total - len(old)) // len(old)
-        for _ in range(copies):
-            new = copy.deepcopy(block).requires_grad_()
-            new.zero_grad(set_to_none=True)
-            for name in (*PROJECTIONS["output"], *PROJECTIONS["ffn"]):
-                for linear in _last_maps(new.get_submodule(name)):
-                    linear.weight.zero_()
-            blocks.append(new)
-    for i, block in enumerate(blocks):
-        block.self_attn.layer_idx = i
-    model.base_model.layers = nn.ModuleList(blocks)
-
-
-def _last_maps(layer: Any) -> list[Any]:
-    """Return the maps whose outputs a Pattention adds up: with zeros there it gives zeros."""
-    return ([] if layer.linear is None else [layer.linear]) + [group.values for group in layer.groups.values()]
-
-
-def _check_last_maps(model: TokenformerPreTrainedModel) -> None:
+def _check_last_maps(model: Any) -> None:
     """Refuse maps that are not their weight alone (LoRA) or whose weight cannot be set to zero (int8)."""
-    for projection in ("output", "ffn"):
-        for linear in (m for layer in model.pattention_layers[projection] for m in _last_maps(layer)):
-            odd = linear if type(linear) is not nn.Linear else linear.weight
+    row = architecture_of(model.config)
+    for block in model.base_model.get_submodule(row.blocks):
+        maps = [m for name, m in block.named_modules() if isinstance(m, nn.Module) and row.is_last(f"{name}.weight")]
+        for linear in (m for m in maps if hasattr(m, "weight")):
+            odd = linear if type(linear) not in (nn.Linear, Conv1D, GroupedLinear) else linear.weight
             if type(odd) not in (nn.Parameter, DTensor):
                 raise GrowthError(
                     "cannot add blocks: a new one starts with zero weights, so that it changes nothing, but here is a "

@@ -1,0 +1,281 @@
+"""Operations on whole token groups: drop, consolidate, merge, attach.
+
+Each function changes a model in place; the `…_operation` beside it says the same for `tokenformer.rewrite`, which does
+it to the files of a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..errors import GrowthError
+from ..models.pattention import check_group
+from .architectures import (
+    Groups,
+    TokenMap,
+    architecture_of,
+    check_known,
+    token_groups,
+    with_groups,
+)
+from .neurons import group_neurons
+from .operations import Operation, apply, check_plain, unchanged
+from .state import read_map, shared_differences
+
+ReadMap = Callable[[int, TokenMap], Groups]
+
+
+def drop(model: Any, names: Iterable[str]) -> None:
+    """Remove token groups, and the blocks that came with them.
+
+    Where everything older was frozen while they trained, what is left is the earlier model to the last bit.
+
+    Raises:
+        GrowthError: an unknown group, or nothing would be left of a projection. The model is then untouched.
+    """
+    apply(model, drop_operation(model.config, names))
+
+
+def drop_operation(config: Any, names: Iterable[str]) -> Operation:
+    """Return what `drop` does."""
+    names = list(names)
+    check_known(config, names)
+    groups, depth = token_groups(config), getattr(config, architecture_of(config).depth)
+    gone = {block for group in groups if group["name"] in names for block in group.get("blocks", ())}
+    blocks = [block for block in range(depth) if block not in gone]
+    left = [group for group in groups if group["name"] not in names]
+    taus = {
+        f"{projection}_tau": None
+        for projection in architecture_of(config).counts
+        if hasattr(config, f"{projection}_tau") and not any(_count(group, projection) for group in left)
+    }
+
+    def change(block: int, token_map: TokenMap, old: Groups) -> Groups:
+        return {name: tensors for name, tensors in old.items() if name not in names}
+
+    changed = with_groups(config, left, blocks=blocks if gone else None, **taus)
+    return Operation("drop", changed, change, blocks, arguments={"groups": names})
+
+
+def consolidate(model: Any, names: Iterable[str] | None = None, *, name: str | None = None) -> None:
+    """Make one token group of several, by default of all: the same function to rounding, at the speed of one.
+
+    Args:
+        model: to change in place.
+        names: the groups.
+        name: of the one; default that of the first.
+
+    Raises:
+        GrowthError: an unknown group, fewer than two, groups that are routed or normalised each by itself (one group
+            could not do what they do), or that came with blocks. The model is then untouched.
+    """
+    operation = consolidate_operation(model.config, names, name=name)
+    check_plain(model, operation.arguments["groups"])
+    apply(model, operation)
+
+
+def consolidate_operation(config: Any, names: Iterable[str] | None = None, *, name: str | None = None) -> Operation:
+    """Return what `consolidate` does."""
+    groups = token_groups(config)
+    wanted = [group["name"] for group in groups] if names is None else list(names)
+    check_known(config, wanted)
+    chosen = [group for group in groups if group["name"] in wanted]
+    new = chosen[0]["name"] if name is None else name
+    routed = [group["name"] for group in chosen if group.get("routed")]
+    if routed:
+        raise GrowthError(
+            f"token group {', '.join(routed)} is routed: for some text it takes part and for some not, which one group "
+            "cannot do; consolidate the others, or drop it"
+        )
+    if len(chosen) < 2:
+        raise GrowthError(f"consolidating takes at least two token groups; asked for {', '.join(wanted)}")
+    if getattr(config, "token_group_norm", "joint") == "per_group" and config.norm_activation_type != "gelu":
+        raise GrowthError(
+            "each token group has a norm of its own here; one group would have one norm and other outputs"
+        )
+    owned = [group["name"] for group in chosen if group.get("blocks")]
+    if owned:
+        raise GrowthError(f"token group {', '.join(owned)} owns blocks, which go when it is dropped; leave it out")
+    _check_new(config, new, besides=wanted)
+    united = {"name": new, **{p: _sum(g.get(p, 0) for g in chosen) for p in architecture_of(config).counts}}
+    left = [united if group is chosen[0] else group for group in groups if group is chosen[0] or group not in chosen]
+
+    def change(block: int, token_map: TokenMap, old: Groups) -> Groups:
+        parts = [old[name] for name in old if name in wanted]
+        if not parts:
+            return old
+        axes = {part.tensor: part.axis for part in token_map.parts if part.axis is not None}
+        whole = parts[0]  # the same objects where there is nothing to add
+        if len(parts) > 1:
+            whole = {part: torch.cat([tensors[part] for tensors in parts], dim=axes[part]) for part in whole}
+        united = {new: whole}
+        first = next(name for name in old if name in wanted)
+        return {
+            key: value
+            for name, tensors in old.items()
+            for key, value in (united.items() if name == first else [] if name in wanted else [(name, tensors)])
+        }
+
+    blocks = range(getattr(config, architecture_of(config).depth))
+    return Operation(
+        "consolidate", with_groups(config, left), change, blocks, arguments={"groups": wanted, "name": new}
+    )
+
+
+def merge(model: Any, other: Any, *, rename: Mapping[str, str] | None = None, norm: str | None = None) -> None:
+    """Give `model` the token groups that `other`, another child of the same parent, has beside it.
+
+    Args:
+        model: changed in place.
+        other: left as it is.
+        rename: new names for groups of `other`, where both have given one name to two things.
+        norm: "joint" or "per_group" for the result; default that of both.
+
+    Raises:
+        GrowthError: they are not children of one parent with its weights frozen: other sizes, other weights outside the
+            groups that differ, clashing names, blocks of their own. The model is then untouched.
+    """
+    group_neurons(model)
+    group_neurons(other)
+    state, other_state = model.state_dict(), other.state_dict()
+    check_siblings(model.config, state, other.config, other_state, rename=rename)
+
+    def read(block: int, token_map: TokenMap) -> Groups:
+        groups = read_map(other.config, other_state, block, token_map)
+        # Copies: the state dict shares its memory with `other`.
+        return {group: {part: _copy(t) for part, t in tensors.items()} for group, tensors in groups.items()}
+
+    operation = merge_operation(model.config, other.config, read, rename=rename, norm=norm)
+    check_plain(other, [g["name"] for g in token_groups(other.config)])
+    apply(model, operation)
+
+
+def check_siblings(
+    config: Any, state: Any, other_config: Any, other: Any, *, rename: Mapping[str, str] | None = None
+) -> None:
+    """Raise GrowthError unless two models are the same but for whole token groups."""
+    _check_alike(config, other_config)
+    ours, theirs = ([g["name"] for g in token_groups(c)] for c in (config, other_config))
+    shared = [name for name in ours if name in theirs and name not in (rename or {})]
+    different = list(shared_differences(config, state, other_config, other, shared))
+    if different:
+        clashes = [name for name in shared if any(d.endswith(f"token group {name}") for d in different)]
+        hint = f" If {clashes[-1]} is not the same thing in both, rename it in one." if clashes else ""
+        raise GrowthError(
+            f"these models do not share a parent's weights: {len(different)} tensors differ, such as {different[0]}. "
+            f"Only children that kept their parent frozen can be merged.{hint}"
+        )
+
+
+def merge_operation(
+    config: Any,
+    other_config: Any,
+    read: ReadMap,
+    *,
+    rename: Mapping[str, str] | None = None,
+    norm: str | None = None,
+) -> Operation:
+    """Return what `merge` does.
+
+    Args:
+        config, other_config: of the two models, which `check_siblings` has found alike.
+        read: gives the other model's token groups of a map.
+        rename, norm: as for `merge`.
+    """
+    renamed = dict(rename or {})
+    check_known(other_config, list(renamed))
+    ours = [group["name"] for group in token_groups(config)]
+    theirs = {group["name"]: group for group in token_groups(other_config)}
+    new = {name: renamed.get(name, name) for name in theirs if name in renamed or name not in ours}
+    for name in new.values():
+        _check_new(config, name, besides=())
+    if len(set(new.values())) < len(new):
+        raise GrowthError(f"two token groups would have one name: {', '.join(new.values())}; choose another in rename")
+    if not new:
+        raise GrowthError(f"there is nothing to merge: both models have the token groups {', '.join(ours)}")
+    owners = [g["name"] for g in (*token_groups(config), *theirs.values()) if g.get("blocks") and g["name"] not in ours]
+    if owners:
+        raise GrowthError(f"token group {', '.join(owners)} came with blocks of its own, which cannot be merged")
+    fields = _taus(config, other_config)
+    if norm is not None:
+        if getattr(config, "norm_activation_type", "gelu") == "gelu":
+            raise GrowthError(f"norm {norm!r} was asked; this model's parameter tokens are not normalised")
+        if norm not in ("joint", "per_group"):
+            raise GrowthError(f"norm is {norm!r}; it must be joint or per_group")
+        fields["token_group_norm"] = norm
+    elif (found := _norms(config, other_config)) and len(set(found)) > 1:
+        raise GrowthError(f"these models normalise their token groups {' and '.join(found)}; say which as norm")
+    groups = [*token_groups(config), *({**theirs[old], "name": name} for old, name in new.items())]
+
+    def change(block: int, token_map: TokenMap, old: Groups) -> Groups:
+        return {**old, **{new[name]: tensors for name, tensors in read(block, token_map).items() if name in new}}
+
+    return Operation(
+        "merge",
+        with_groups(config, groups, **fields),
+        change,
+        range(getattr(config, architecture_of(config).depth)),
+        moments=unchanged,
+        arguments={"groups": list(new.values()), **({"norm": norm} if norm else {})},
+    )
+
+
+def _check_alike(config: Any, other: Any) -> None:
+    """Compare what must be the same in two children of one parent."""
+    ignored = {"token_groups", "token_group_norm", "frozen", "use_cache"}
+    ignored |= {"dtype", "architectures", "transformers_version", "_name_or_path"}  # files have them, models need not
+    ignored |= {field for p, field in architecture_of(config).counts.items()} | {
+        f"{p}_tau" for p in architecture_of(config).counts
+    }
+    a, b = config.to_dict(), other.to_dict()
+    different = [f"{k} ({a.get(k)}, {b.get(k)})" for k in sorted({*a, *b} - ignored) if a.get(k) != b.get(k)]
+    if different:
+        raise GrowthError(f"these models are not children of one parent: they differ in {', '.join(different)}")
+
+
+def _norms(config: Any, other: Any) -> list[str]:
+    return [norm for c in (config, other) if (norm := getattr(c, "token_group_norm", None))]
+
+
+def _taus(config: Any, other: Any) -> dict[str, Any]:
+    taus = {}
+    for field in (f"{projection}_tau" for projection in architecture_of(config).counts):
+        a, b = getattr(config, field, None), getattr(other, field, None)
+        if a is not None and b is not None and a != b:
+            raise GrowthError(
+                f"these models have different {field}, {a} and {b}, because each was the first to grow there"
+            )
+        if a is None and b is not None:
+            taus[field] = b
+    return taus
+
+
+def _check_new(config: Any, name: str, *, besides: Iterable[str]) -> None:
+    taken = [group["name"] for group in token_groups(config) if group["name"] not in besides]
+    if name in taken:
+        raise GrowthError(f"token group {name!r} exists already, beside {', '.join(taken)}; choose another name")
+    try:
+        check_group(name, 0)
+    except ValueError as error:
+        raise GrowthError(str(error)) from error
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _count(group: Mapping[str, Any], projection: str) -> int:
+    count = group.get(projection, 0)
+    return sum(count) if isinstance(count, list) else count
+
+
+def _sum(counts: Iterable[Any]) -> Any:
+    """Add counts that are one number for all blocks or a list with one for each."""
+    listed = list(counts)
+    if not any(isinstance(count, list) for count in listed):
+        return sum(listed)
+    length = max(len(count) for count in listed if isinstance(count, list))
+    return [sum(count[i] if isinstance(count, list) else count for count in listed) for i in range(length)]

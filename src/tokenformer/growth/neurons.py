@@ -1,0 +1,124 @@
+"""The neurons of an ordinary transformer, kept by token group while it is in memory.
+
+`group_neurons(model)` replaces the maps of its MLPs by `GroupedLinear`s: every token group has maps of its own, so that
+old neurons compute what they did bit for bit and can be frozen, while the state dict stays that of the ordinary model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import GrowthError
+from .architectures import architecture_of, count_of, places, token_groups
+
+
+class GroupedLinear(nn.Module):
+    """A linear map whose neurons are split among token groups; computes and saves what the whole map would.
+
+    Args:
+        linear: nn.Linear or transformers' Conv1D.
+        counts: neurons of each group, in their order in `linear`.
+        values: the neurons are its inputs (the groups' outputs are added) rather than its outputs (concatenated).
+    """
+
+    def __init__(self, linear: Any, counts: Mapping[str, int], *, values: bool) -> None:
+        super().__init__()
+        odd = linear if type(linear) not in (nn.Linear, Conv1D) else linear.weight
+        if type(odd) not in (nn.Linear, Conv1D, nn.Parameter):
+            raise GrowthError(
+                f"cannot tell the neurons of a {type(odd).__module__}.{type(odd).__name__} apart; merge adapters "
+                "(merge_and_unload of peft) and work on the model before it is quantised"
+            )
+        self.axis, self.transposed = int(values), isinstance(linear, Conv1D)
+        self.bias = linear.bias if values else None
+        self.groups = nn.ModuleDict()
+        weight = linear.weight.t() if self.transposed else linear.weight
+        biases = [None] * len(counts) if values or linear.bias is None else linear.bias.split(list(counts.values()))
+        with torch.no_grad():
+            for name, w, b in zip(counts, weight.split(list(counts.values()), self.axis), biases, strict=True):
+                self.set_group(name, w.contiguous().clone(), None if b is None else b.clone())
+        self.requires_grad_(linear.weight.requires_grad)
+        self.register_state_dict_post_hook(_join)
+        self.register_load_state_dict_pre_hook(_split)
+
+    def set_group(self, name: str, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Append or replace a group: weight `[n, D]` and bias `[n]` of keys, weight `[E, n]` of values."""
+        with torch.device("meta"):
+            group = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        group.weight = as_parameter(weight)
+        if bias is not None:
+            group.bias = as_parameter(bias)
+        self.groups[name] = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[*, D]` to `[*, n]` (keys), or `[*, n]` to `[*, E]` (values)."""
+        maps: list[Any] = list(self.groups.values())
+        if self.axis == 0:
+            return torch.cat([m(x) for m in maps], dim=-1) if len(maps) > 1 else maps[0](x)
+        # Contiguous, and the bias as nn.Linear adds it: else the same numbers take other paths and round otherwise.
+        first, *rest = (h.contiguous() for h in x.split([m.weight.shape[1] for m in maps], dim=-1))
+        out = F.linear(first, maps[0].weight, self.bias)
+        for m, h in zip(maps[1:], rest, strict=True):
+            out = out + m(h)
+        return out
+
+
+def group_neurons(model: Any) -> None:
+    """Keep the neurons of an ordinary transformer by token group, in place; a TokenFormer has its groups already.
+
+    Outputs stay what they were: bit for bit where one group is all there is (Conv1D: to rounding), else to rounding.
+
+    Raises:
+        GrowthError: no row in the table, or maps that are not plain (LoRA, quantised). The model is then untouched.
+    """
+    config = model.config
+    if config.model_type == "tokenformer":
+        return
+    row, groups = architecture_of(config), token_groups(config)
+    blocks = model.base_model.get_submodule(row.blocks)
+    found = []
+    for block, token_map in places(config):
+        counts = {group["name"]: count_of(group, token_map.projection, block) for group in groups}
+        for name, axis in {part.tensor.rpartition(".")[0]: part.axis for part in token_map.parts}.items():
+            linear = blocks[block].get_submodule(name)
+            if not isinstance(linear, GroupedLinear):
+                found.append((blocks[block], name, GroupedLinear(linear, counts, values=axis == 1)))
+    for parent, name, grouped in found:
+        parent.set_submodule(name, grouped)
+
+
+def as_parameter(tensor: Tensor) -> nn.Parameter:
+    """Return a parameter as it is, another tensor as a parameter that trains."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+
+
+def _join(module: GroupedLinear, state: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
+    """State dict hook: write the whole map that the ordinary architecture knows."""
+    for leaf in ("weight", "bias"):
+        names = [f"{prefix}groups.{name}.{leaf}" for name in module.groups]
+        tensors = [state.pop(name) for name in names if name in state]
+        if tensors:
+            whole = torch.cat(tensors, dim=module.axis)
+            state[f"{prefix}{leaf}"] = whole.t().contiguous() if leaf == "weight" and module.transposed else whole
+
+
+def _split(module: GroupedLinear, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    """Loading hook: take the whole map apart, unless its size shows that it is not this one."""
+    for leaf in ("weight", "bias"):
+        whole = state.get(f"{prefix}{leaf}")
+        if whole is None or (leaf == "bias" and module.axis == 1):
+            continue
+        whole = whole.t() if leaf == "weight" and module.transposed else whole
+        maps: dict[str, Any] = dict(module.groups.items())
+        sizes = [m.weight.shape[module.axis] for m in maps.values()]
+        if whole.shape[module.axis] != sum(sizes):
+            continue
+        del state[f"{prefix}{leaf}"]
+        for name, piece in zip(maps, whole.split(sizes, dim=module.axis), strict=True):
+            state[f"{prefix}groups.{name}.{leaf}"] = piece

@@ -1,0 +1,175 @@
+"""An operation on token groups, said once for models in memory and checkpoints on disk.
+
+An `Operation` is a new configuration, the blocks to make, and a function from the tensors of one map's token groups to
+the new ones. `apply` carries it out on a model in place; `tokenformer.rewrite` on the files of a checkpoint, block
+after block, to the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import GrowthError
+from ..models.pattention import Pattention, TokenGroup
+from .architectures import Groups, TokenMap, architecture_of, places
+from .neurons import as_parameter, group_neurons
+
+Change = Callable[[int, TokenMap, Groups], Groups]
+
+
+def unchanged(block: int, token_map: TokenMap, groups: Groups) -> Groups:
+    """Leave the token groups of a map as they are."""
+    return groups
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What to do to a model.
+
+    Attributes:
+        name: as lineage records it.
+        config: the configuration afterwards.
+        change: from (block, map, its token groups) to the new token groups of that map; the block's number is the new
+            one. Keys are `[n, D]`, their biases `[n]`, values `[E, n]`.
+        moments: likewise for the optimizer's moments. Default: `change`.
+        blocks: for each block afterwards, the one before that it was, or is a copy of.
+        silent: the copies, whose last maps are zero.
+        arguments: as lineage records them.
+    """
+
+    name: str
+    config: Any
+    change: Change
+    blocks: Sequence[int]
+    moments: Change | None = None
+    silent: Collection[int] = ()
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def apply(model: Any, operation: Operation) -> None:
+    """Carry out `operation` on `model` in place; parameters that it leaves alone stay the same objects."""
+    row = architecture_of(model.config)
+    group_neurons(model)
+    base = model.base_model
+    old = list(base.get_submodule(row.blocks))
+    if list(operation.blocks) != list(range(len(old))):
+        blocks = [
+            _silent_copy(old[source], row.is_last) if i in operation.silent else old[source]
+            for i, source in enumerate(operation.blocks)
+        ]
+        for i, block in enumerate(blocks):
+            for module in block.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = i
+        base.set_submodule(row.blocks, nn.ModuleList(blocks))
+    model.config.__dict__.update(operation.config.__dict__)
+    for block, token_map in places(model.config):
+        module = base.get_submodule(row.blocks)[block]
+        groups = read_groups(module, token_map)
+        changed = operation.change(block, token_map, groups)
+        if changed is not groups:
+            _write_groups(module, token_map, changed, model.config)
+
+
+def read_groups(block: nn.Module, token_map: TokenMap) -> Groups:
+    """Return the parameters of a map's token groups, of a block whose neurons are grouped."""
+    groups: Groups = {}
+    for part in token_map.parts:
+        before, _, after = part.own.partition(".{group}.")
+        try:
+            owners: Any = block.get_submodule(before)
+        except AttributeError:  # a Pattention without gates
+            continue
+        for name, owner in owners.items():
+            tensor = getattr(owner.get_submodule(after.rpartition(".")[0]), after.rpartition(".")[2])
+            if tensor is not None:
+                groups.setdefault(name, {})[part.tensor] = tensor
+    return groups
+
+
+def check_plain(model: Any, names: Iterable[str]) -> None:
+    """Refuse token groups whose maps are more than their weight (LoRA) or less (int8), so that tokens cannot move.
+
+    Raises:
+        GrowthError: there are such.
+    """
+    group_neurons(model)
+    blocks, names = model.base_model.get_submodule(architecture_of(model.config).blocks), list(names)
+    for block, token_map in places(model.config):
+        present = read_groups(blocks[block], token_map)
+        for own in (part.own for part in token_map.parts if part.axis is not None):
+            for name in (name for name in names if name in present):
+                linear = blocks[block].get_submodule(own.format(group=name).rpartition(".")[0])
+                odd = linear if type(linear) is not nn.Linear else linear.weight
+                if type(odd) not in (nn.Linear, nn.Parameter, DTensor):
+                    raise GrowthError(
+                        f"the tokens of group {name!r} cannot be moved: a map of theirs is a {type(odd).__module__}."
+                        f"{type(odd).__name__}; merge adapters first (merge_and_unload of peft), or work on the model "
+                        "before it is quantised"
+                    )
+
+
+def _write_groups(block: nn.Module, token_map: TokenMap, groups: Groups, config: Any) -> None:
+    layer: Any = block.get_submodule(token_map.name)
+    old = read_groups(block, token_map)
+    kept = [name for name, tensors in groups.items() if name in old and _same(tensors, old[name])]
+    if isinstance(layer, Pattention):
+        layer.tau = getattr(config, f"{token_map.projection}_tau")
+        layer.token_group_norm = config.token_group_norm
+        modules = {name: layer.groups[name] if name in kept else _token_group(layer, t) for name, t in groups.items()}
+        layer.groups = nn.ModuleDict(modules)
+        for name in [name for name in layer.gates if name not in kept]:
+            del layer.gates[name]
+        for name, tensors in groups.items():
+            gate = {part.split(".")[-1]: t for part, t in tensors.items() if ".gates." in part}
+            if gate and name not in layer.gates:
+                layer.add_gate(name)
+                layer.gates[name].load_state_dict(gate)
+        return
+    for module in dict.fromkeys(part.tensor.rpartition(".")[0] for part in token_map.parts):
+        linear: Any = block.get_submodule(module)
+        before, linear.groups = linear.groups, nn.ModuleDict()
+        for name, tensors in groups.items():
+            if name in kept:
+                linear.groups[name] = before[name]
+            else:
+                linear.set_group(name, tensors[f"{module}.weight"], tensors.get(f"{module}.bias"))
+
+
+def _token_group(layer: Pattention, tensors: dict[str, Tensor]) -> TokenGroup:
+    by_leaf = {".".join(part.split(".")[-2:]): tensor for part, tensor in tensors.items() if ".gates." not in part}
+    keys = by_leaf["keys.weight"]
+    with torch.device("meta"):
+        group = TokenGroup(
+            layer.in_features,
+            layer.out_features,
+            len(keys),
+            bias="keys.bias" in by_leaf,
+            dtype=keys.dtype,
+            **layer.stds,
+        )
+    for name, tensor in by_leaf.items():
+        module, _, leaf = name.partition(".")
+        setattr(group.get_submodule(module), leaf, as_parameter(tensor))
+    return group.train(layer.training)
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[name] is b[name] for name in a)
+
+
+def _silent_copy(block: nn.Module, is_last: Callable[[str], bool]) -> nn.Module:
+    new = copy.deepcopy(block).requires_grad_()
+    for name, parameter in new.named_parameters():
+        parameter.grad = None
+        if is_last(name):
+            parameter.zero_()
+    return new

@@ -1,0 +1,249 @@
+"""Token groups in a state dict, of a model in memory or of files that are read name by name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .architectures import Groups, TokenMap, architecture_of, count_of, places, token_groups
+from .operations import Operation
+
+State = Mapping[str, Tensor]
+States = dict[str, dict[str, Tensor]]
+
+
+def read_map(config: Any, state: State, block: int, token_map: TokenMap) -> Groups:
+    """Return the token groups of one map: keys `[n, D]`, their biases `[n]`, values `[E, n]`."""
+    prefix = architecture_of(config).block_name(block)
+    groups: Groups = {}
+    listed = token_groups(config)
+    for part in token_map.parts:
+        if "{group}" in part.tensor:
+            for group in listed:
+                name = prefix + part.tensor.format(group=group["name"])
+                if name in state:
+                    groups.setdefault(group["name"], {})[part.tensor] = state[name]
+        elif prefix + part.tensor in state:
+            whole = state[prefix + part.tensor]
+            assert part.axis is not None
+            sizes = [count_of(group, token_map.projection, block) for group in listed]
+            pieces = (whole.t() if part.transposed else whole).split(sizes, dim=part.axis)
+            for group, size, piece in zip(listed, sizes, pieces, strict=True):
+                if size:
+                    groups.setdefault(group["name"], {})[part.tensor] = piece
+    # In the order of the configuration, whichever part a group was found by.
+    return {group["name"]: groups[group["name"]] for group in listed if group["name"] in groups}
+
+
+def read_own(config: Any, state: State, block: int, token_map: TokenMap) -> Groups:
+    """Return the token groups of one map from tensors that each group has of its own, as in memory."""
+    prefix, groups = architecture_of(config).block_name(block), {}
+    for group in token_groups(config):
+        names = {part.tensor: prefix + part.own.format(group=group["name"]) for part in token_map.parts}
+        found = {part: state[name] for part, name in names.items() if name in state}
+        if found:
+            groups[group["name"]] = found
+    return groups
+
+
+def write_map(token_map: TokenMap, groups: Groups) -> dict[str, Tensor]:
+    """Return the tensors of a map, by their names in the block: the inverse of `read_map`."""
+    tensors: dict[str, Tensor] = {}
+    for part in token_map.parts:
+        found = {name: group[part.tensor] for name, group in groups.items() if part.tensor in group}
+        if "{group}" in part.tensor:
+            tensors |= {part.tensor.format(group=name): tensor for name, tensor in found.items()}
+        elif found:
+            assert part.axis is not None
+            whole = torch.cat(list(found.values()), dim=part.axis)
+            tensors[part.tensor] = whole.t() if part.transposed else whole
+    return tensors
+
+
+def rewritten(config: Any, state: State, operation: Operation) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+    """Return a function that gives tensors of the model after `operation` by name; it keeps one block at a time."""
+    row = architecture_of(config)
+    inside: dict[int, list[str]] = {i: [] for i in operation.blocks}
+    for name in state:
+        number = _block_number(row.block_name(0), name)
+        if number is not None and number in inside:
+            inside[number].append(name.removeprefix(row.block_name(number)))
+
+    @lru_cache(maxsize=1)
+    def block(index: int) -> dict[str, Tensor]:
+        source, silent = operation.blocks[index], index in operation.silent
+        tensors = {name: state[row.block_name(source) + name] for name in inside[source]}
+        if silent:
+            tensors = {name: torch.zeros_like(t) if row.is_last(name) else t for name, t in tensors.items()}
+        for token_map in row.maps:
+            groups = read_map(
+                config, {row.block_name(source) + name: t for name, t in tensors.items()}, source, token_map
+            )
+            changed = operation.change(index, token_map, groups)
+            if changed is not groups:
+                for name in write_map(token_map, groups):
+                    del tensors[name]
+                tensors |= write_map(token_map, changed)
+        return tensors
+
+    def give(names: Sequence[str]) -> dict[str, Tensor]:
+        given = {}
+        for name in names:
+            number = _block_number(row.block_name(0), name)
+            tensor = state[name] if number is None else block(number)[name.removeprefix(row.block_name(number))]
+            given[name] = tensor.contiguous()
+        return given
+
+    return give
+
+
+def move_states(config: Any, states: States, operation: Operation) -> States:
+    """Return an optimizer's states, by the names of parameters in memory, after `operation`.
+
+    What moves keeps its moments; what is new or becomes another size by what had none is filled with zeros, as fresh.
+    """
+    row, moved = architecture_of(config), {}
+    first = {source: i for i, source in reversed(list(enumerate(operation.blocks)))}
+    owned = {name.format(group=g["name"]) for m in row.maps for name in _own(m) for g in token_groups(config)}
+    for name, state in states.items():
+        number = _block_number(row.block_name(0), name)
+        if number is None:
+            moved[name] = state
+        elif number in first and (inside := name.removeprefix(row.block_name(number))) not in owned:
+            moved[row.block_name(first[number]) + inside] = state
+    for source, index in first.items():
+        for token_map in row.maps:
+            _move_map_states(config, states, operation, token_map, source, index, moved)
+    return moved
+
+
+def _move_map_states(
+    config: Any, states: States, operation: Operation, token_map: TokenMap, source: int, index: int, moved: States
+) -> None:
+    row = architecture_of(config)
+    before, after = row.block_name(source), row.block_name(index)
+    listed = [g["name"] for g in token_groups(config)]
+    found = {
+        (group, part): states[before + part.own.format(group=group)]
+        for part in token_map.parts
+        for group in listed
+        if before + part.own.format(group=group) in states
+    }
+    moments = {moment for state in found.values() for moment in state if moment != "step"}
+    for moment in moments:
+        groups: Groups = {}
+        for part in {part for _, part in found}:
+            like = next(state[moment] for (_, p), state in found.items() if p == part)
+            for group in (g for g in token_groups(config) if count_of(g, token_map.projection, source)):
+                had = found.get((group["name"], part))
+                shape = [
+                    count_of(group, token_map.projection, source) if a == part.axis else n
+                    for a, n in enumerate(like.shape)
+                ]
+                groups.setdefault(group["name"], {})[part.tensor] = had[moment] if had else like.new_zeros(shape)
+        change = operation.moments or operation.change
+        for name, tensors in change(index, token_map, groups).items():
+            for part in token_map.parts:
+                if part.tensor not in tensors:
+                    continue
+                steps = {g: s["step"] for (g, p), s in found.items() if p == part}
+                if not steps or (name not in steps and not tensors[part.tensor].any()):
+                    continue
+                state = moved.setdefault(after + part.own.format(group=name), {})
+                state[moment] = tensors[part.tensor]
+                state["step"] = steps[name] if name in steps else max(steps.values(), key=float)
+
+
+def shared_differences(
+    config: Any, state: State, other_config: Any, other: State, shared: Collection[str]
+) -> Iterator[str]:
+    """Yield what is not bit for bit the same in two models: tensors outside token groups, and the groups `shared`."""
+    row = architecture_of(config)
+    patterns = [part.tensor for token_map in row.maps for part in token_map.parts]
+
+    def rest(c: Any, s: State) -> set[str]:
+        names = {p.format(group=g["name"]) for p in patterns for g in token_groups(c)}
+        prefix = row.block_name(0)
+        return {
+            n for n in s if (i := _block_number(prefix, n)) is None or n.removeprefix(row.block_name(i)) not in names
+        }
+
+    ours, theirs = rest(config, state), rest(other_config, other)
+    yield from sorted(ours ^ theirs)
+    for name in sorted(ours & theirs):
+        if not _equal(state[name], other[name]):
+            yield name
+    for block, token_map in places(config):
+        a, b = read_map(config, state, block, token_map), read_map(other_config, other, block, token_map)
+        for group in shared:
+            if (group in a) != (group in b) or any(
+                part not in b[group] or not _equal(tensor, b[group][part]) for part, tensor in a.get(group, {}).items()
+            ):
+                yield f"{row.block_name(block)}{token_map.name}, token group {group}"
+
+
+def content_digest(config: Any, state: State, groups: Collection[str]) -> str:
+    """Return a sha256 over all of a model outside token groups and these groups, however its files are cut."""
+    row, digest = architecture_of(config), hashlib.sha256()
+    # A state dict has a tied head, files mostly not.
+    covered = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    for block, token_map in places(config):
+        found = read_map(config, state, block, token_map)
+        covered |= {row.block_name(block) + name for name in write_map(token_map, found)}
+        for group in sorted(set(groups) & set(found)):
+            for part, tensor in sorted(found[group].items()):
+                _add(digest, row.block_name(block) + part.replace("{group}", group), tensor)
+    for name in sorted(set(state) - covered):
+        _add(digest, name, state[name])
+    return digest.hexdigest()
+
+
+def check_finite(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Return tensors as they are.
+
+    Raises:
+        CheckpointError: some are not finite.
+    """
+    for name, tensor in tensors.items():
+        # Both extremes pass nan on; many times faster than isfinite, which is for the message.
+        if tensor.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+            odd = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"{where} has weights that are not finite: {odd} of {tensor.numel()} in {name}; go back to a "
+                "checkpoint from before they became so"
+            )
+    return tensors
+
+
+def tensors_digest(state: State) -> str:
+    """Return a sha256 over tensors and their names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        _add(digest, name, state[name])
+    return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    digest.update(tensor.contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
+
+
+def _own(token_map: TokenMap) -> list[str]:
+    return [part.own for part in token_map.parts]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _block_number(first: str, name: str) -> int | None:
+    """Return the number of the block that a tensor is in, `first` being the prefix of block 0."""
+    start = first.removesuffix("0.")
+    number = name.removeprefix(start).partition(".")[0] if name.startswith(start) else ""
+    return int(number) if number.isdigit() else None
