@@ -115,6 +115,12 @@ def test_a_stage_decides_against_the_checkpoints_marks(llama, text, tmp_path):
     assert not any(p.requires_grad for n, p in load_checkpoint(llama / "frozen")[0].named_parameters() if "embed" in n)
 
 
+def test_a_mark_goes_with_its_group(llama, tmp_path):
+    command("freeze", llama / "grown", "grown1", "embedding", "-o", tmp_path / "frozen")
+    command("drop", tmp_path / "frozen", "grown1", "-o", tmp_path / "dropped")
+    assert load_checkpoint(tmp_path / "dropped")[0].config.frozen == ["embedding"]
+
+
 def test_sequences_longer_than_an_ordinary_model_reads_are_refused(llama, text, tmp_path):
     content = recipe(llama / "grown", text).model_dump(exclude_unset=True)
     content["training"]["sequence_length"] = 128

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import GrowthError
-from ..models.configuration_tokenformer import PROJECTIONS
+from ..models.configuration_tokenformer import PROJECTIONS, count_at
 from ..models.pattention import BASE_GROUP
 
 Group = dict[str, Any]
@@ -188,8 +188,7 @@ def token_groups(config: Any) -> list[Group]:
 
 def count_of(group: Group, projection: str, block: int) -> int:
     """Parameter tokens of a group in one block."""
-    count = group.get(projection, 0)
-    return count[block] if isinstance(count, list) else count
+    return count_at(group.get(projection, 0), block)
 
 
 def over_blocks(group: Group, blocks: Sequence[int]) -> Group:
@@ -235,6 +234,9 @@ def with_groups(config: Any, groups: list[Group], *, blocks: Sequence[int] | Non
                 f"{_names(config)}, and it has no linear map beside them; keep at least one"
             )
         setattr(new, count, max(totals))
+    if getattr(new, "frozen", None):
+        gone = {group["name"] for group in token_groups(config)} - {group["name"] for group in groups}
+        new.frozen = [name for name in new.frozen if name not in gone]
     for name, value in fields.items():
         setattr(new, name, value)
     return new
