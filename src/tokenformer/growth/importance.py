@@ -28,7 +28,7 @@ class GroupUse:
     """How text uses the n parameter tokens of one group in one map; every tensor is `[n]`, float32, on the CPU.
 
     Attributes:
-        mean_abs_weight: mean over text tokens of |weight|, the weight being what multiplies the value.
+        weight_std: standard deviation, over text tokens, of the weight that multiplies the value.
         active: share of text tokens where the weight's square is above the mean square of all parameter tokens of the
             map: where the token does more than its equal share. Without units, so it means the same under every
             normalisation and activation. "Not zero" would call all active, for a GELU that is shut gives a small
@@ -37,15 +37,18 @@ class GroupUse:
         key_norm: L2 norm of the key; of both keys together where the MLP is gated.
     """
 
-    mean_abs_weight: Tensor
+    weight_std: Tensor
     active: Tensor
     value_norm: Tensor
     key_norm: Tensor
 
     @property
     def importance(self) -> Tensor:
-        """`[n]`: mean length of what the parameter token adds to the map's output."""
-        return self.mean_abs_weight * self.value_norm
+        """`[n]`: spread of what the parameter token adds to the map's output.
+
+        Not the mean length, which prunes worse (docs/lab-notebook.md): what never changes says nothing of the text.
+        """
+        return self.weight_std * self.value_norm
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def measure(
         share = torch.cat(list(rows.values()), dim=-1).square().mean(dim=-1, keepdim=True)
         of_map = sums.setdefault((block, token_map.name), {})
         for group, w in rows.items():
-            new = torch.stack([w.abs().sum(0), (w.square() > share).float().sum(0)]).cpu().double()
+            new = torch.stack([w.sum(0), w.square().sum(0), (w.square() > share).float().sum(0)]).cpu().double()
             of_map[group] = of_map[group] + new if group in of_map else new
 
     was_training, count = model.training, 0
@@ -222,7 +225,7 @@ def _uses(model: Any, sums: dict[Place, dict[str, Tensor]], count: int) -> dict[
     uses: dict[Place, dict[str, GroupUse]] = {}
     for block, token_map in places(model.config):
         tensors = read_groups(blocks[block], token_map)
-        for group, (weight, active) in sums.get((block, token_map.name), {}).items():
+        for group, (weight, square, active) in sums.get((block, token_map.name), {}).items():
             squares = [
                 sum(
                     tensors[group][part.tensor].detach().float().square().sum(1 - axis)
@@ -232,7 +235,8 @@ def _uses(model: Any, sums: dict[Place, dict[str, Tensor]], count: int) -> dict[
                 for axis in (0, 1)
             ]
             key_norm, value_norm = (torch.as_tensor(s).sqrt().cpu() for s in squares)
-            use = GroupUse((weight / count).float(), (active / count).float(), value_norm, key_norm)
+            std = (square / count - (weight / count).square()).clamp_min(0).sqrt()
+            use = GroupUse(std.float(), (active / count).float(), value_norm, key_norm)
             if not (use.importance.isfinite().all() and key_norm.isfinite().all()):
                 raise GrowthError(
                     f"block {block}, {token_map.name}, token group {group}: weights or activations are not finite; "
