@@ -14,6 +14,7 @@ from tokenformer import grow
 from tokenformer.checkpoint import save_checkpoint, weight_files, weights_digest
 from tokenformer.growth.architectures import token_groups
 from tokenformer.growth.freeze import freeze_only, parts
+from tokenformer.growth.groups import is_normalised
 from tokenformer.growth.neurons import group_neurons
 from tokenformer.lineage import Lineage
 
@@ -29,6 +30,12 @@ def ordinary(config=None):
             p.normal_(std=0.2)
     group_neurons(model)
     return model
+
+
+def as_trained(model_or_config):
+    """The norm to merge under, so that both children compute in the union what they did."""
+    config = getattr(model_or_config, "config", model_or_config)
+    return config.token_group_norm if is_normalised(config) else None
 
 
 KINDS = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import two_groups
-from operations import facts, leftovers, make_family, same, same_files, train_only  # noqa: F401
+from operations import as_trained, facts, leftovers, make_family, same, same_files, train_only  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 from tokenformer import grow
@@ -32,7 +32,8 @@ def test_split_and_attach_go_round(family):
     assert lineage.last.parent == weights_digest(folder / "parent")
     # Onto the parent with another group as well, under another name, is what merging gives.
     attach_addon(open_checkpoint(folder / "b"), addon, folder / "both", name="c")
-    merge_checkpoints(open_checkpoint(folder / "b"), open_checkpoint(folder / "a"), folder / "ba", rename={"a": "c"})
+    b, a = open_checkpoint(folder / "b"), open_checkpoint(folder / "a")
+    merge_checkpoints(b, a, folder / "ba", rename={"a": "c"}, norm=as_trained(b))
     assert same_files(folder / "both", folder / "ba")
 
 

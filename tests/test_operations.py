@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import close, tiny, two_groups
-from operations import KINDS, adapted, child, facts, logits, same, train, train_only
+from operations import KINDS, adapted, as_trained, child, facts, logits, same, train, train_only
 from transformers import AutoModelForCausalLM
 
 from tokenformer import grow
@@ -69,7 +69,7 @@ class History:
         a, b = next(self.names), next(self.names)
         parent, first, second = facts(self.model), child(self.model, a), child(self.model, b)
         before, other = facts(first), facts(second)
-        merge(first, second)
+        merge(first, second, norm=as_trained(first))
         assert same(facts(second), other)
         without = copy.deepcopy(first)
         drop(without, [a])
@@ -151,7 +151,7 @@ def test_three_children_with_two_groups_each_merge_one_after_the_other():
     children = [child(child(parent, f"{n}1"), f"{n}2", qkv_param_tokens="+5") for n in "abc"]
     merged = copy.deepcopy(children[0])
     for other in children[1:]:
-        merge(merged, other)
+        merge(merged, other, norm="joint")
     assert [g["name"] for g in token_groups(merged.config)] == ["base", "a1", "a2", "b1", "b2", "c1", "c2"]
     drop(merged, ["a1", "a2", "c2", "c1"])
     assert same(facts(merged), facts(children[1]))
@@ -180,6 +180,12 @@ def _sum_of_groups(layer, x):
             del one.groups[other]
         total = total + one(x)
     return total
+
+
+def test_merged_groups_have_a_norm_each_unless_asked_otherwise():
+    a, b = child(tiny(), "a"), child(tiny(), "b")
+    merge(a, b)
+    assert a.config.token_group_norm == "per_group"
 
 
 def test_a_merged_model_shares_no_memory_with_the_other():

@@ -97,7 +97,6 @@ def b(**changes):
     return with_groups_of(name="b", **changes)
 
 
-CLASH = {"token_group_norm": "per_group"}
 MERGES = {
     "trained elders": (a, lambda: trained_parent(b()), {}, r"2 tensors differ, such as lm_head.weight"),
     "another depth": (
@@ -125,7 +124,6 @@ MERGES = {
     ),
     "a bad name": (a, b, {"rename": {"b": "keys"}}, "'keys' cannot be used"),
     "a bad norm": (a, b, {"norm": "per-group"}, "norm is 'per-group'; it must be joint or per_group"),
-    "two norms": (a, lambda: b(**CLASH), {}, "normalise their token groups joint and per_group; say which"),
     "no norm": (
         lambda: a(changes={"norm_activation_type": "gelu"}),
         lambda: b(changes={"norm_activation_type": "gelu"}),

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from models import make, tiny, two_groups
-from operations import leftovers, link, logits, make_family, ordinary, same_files, train  # noqa: F401
+from operations import as_trained, leftovers, link, logits, make_family, ordinary, same_files, train  # noqa: F401
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -179,11 +179,12 @@ def test_merged_tokens_keep_the_state_of_the_child_they_come_from(tmp_path):
 def test_merging_on_disk_is_merging_in_memory(family):
     folder, models = family
     a, b = open_checkpoint(folder / "a"), open_checkpoint(folder / "b")
-    lineage = merge_checkpoints(a, b, folder / "ab")
-    merge(models["a"], models["b"])
+    lineage = merge_checkpoints(a, b, folder / "ab", norm=as_trained(a))
+    merge(models["a"], models["b"], norm=as_trained(a))
     models["a"].save_pretrained(folder / "memory")
     assert same_files(folder / "ab", folder / "memory")
-    assert lineage.last.arguments == {"other": b.lineage.weights_sha256, "groups": ["b"]}
+    norm = {"norm": as_trained(a)} if as_trained(a) else {}
+    assert lineage.last.arguments == {"other": b.lineage.weights_sha256, "groups": ["b"], **norm}
     assert lineage.last.parent == a.lineage.weights_sha256 and lineage.last.operation == "merge"
     rewrite(open_checkpoint(folder / "ab"), folder / "back", drop_operation(models["a"].config, ["a"]))
     assert same_files(folder / "back", folder / "b")

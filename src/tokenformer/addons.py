@@ -16,7 +16,7 @@ from torch import Tensor
 from .checkpoint import disk_errors
 from .errors import CheckpointError, GrowthError
 from .growth.architectures import Group, Groups, TokenMap, architecture_of, check_known, places, token_groups
-from .growth.groups import merge_operation
+from .growth.groups import is_normalised, merge_operation
 from .growth.neurons import group_neurons
 from .growth.operations import Operation, apply
 from .growth.state import State, check_finite, content_digest, read_map, read_own, tensors_digest
@@ -33,6 +33,7 @@ class Addon:
         group: its entry in the configuration.
         model_type: of the model that it was taken off.
         taus: the constants τ there.
+        norm: what its scores are normalised with; None where they are not.
         parent_groups: the other token groups there.
         parent: digest of all that the model has beside the group.
         tensors: digest of the group's.
@@ -41,6 +42,7 @@ class Addon:
     group: Group
     model_type: str
     taus: dict[str, float | None]
+    norm: str | None
     parent_groups: list[str]
     parent: str
     tensors: str
@@ -86,7 +88,8 @@ def split_state(config: Any, state: State, group: str, output: str | Path, *, fo
             tensors[architecture_of(config).block_name(block) + own[part]] = tensor.contiguous()
     check_finite(tensors, f"token group {group!r}")
     parent, own_digest = content_digest(config, state, others), tensors_digest(tensors)
-    addon = Addon(listed[group], config.model_type, taus, others, parent, own_digest)
+    norm = config.token_group_norm if is_normalised(config) else None
+    addon = Addon(listed[group], config.model_type, taus, norm, others, parent, own_digest)
     temporary = file.with_name(f".{file.name}.tmp")
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +133,11 @@ def attach_operation(config: Any, state: State, file: str | Path, *, name: str |
     def read(block: int, token_map: TokenMap) -> Groups:
         return read_own(theirs, tensors, block, token_map)
 
-    operation = merge_operation(config, theirs, read, rename={addon.group["name"]: target} if name else None)
+    norm = getattr(config, "token_group_norm", None)
+    if is_normalised(config) and norm != addon.norm and len(taken) > 1:
+        raise GrowthError(f"{file} was trained under token_group_norm {addon.norm}; this model's groups are {norm}")
+    rename = {addon.group["name"]: target} if name else None
+    operation = merge_operation(config, theirs, read, rename=rename, norm=addon.norm)
     arguments = {"addon": Path(file).name, "groups": [target], "parent": addon.parent}
     return Operation("attach", operation.config, operation.change, operation.blocks, operation.moments, (), arguments)
 

@@ -127,7 +127,7 @@ def merge(
     ] = None,
     norm: Annotated[
         Literal["joint", "per-group"] | None,
-        typer.Option(help="One norm for all token groups or one each.  [default: as trained]"),
+        typer.Option(help="One norm for all token groups or one each.  [default: per-group]"),
     ] = None,
     force: Force = False,
 ) -> None:

@@ -132,7 +132,8 @@ def merge(model: Any, other: Any, *, rename: Mapping[str, str] | None = None, no
         model: changed in place.
         other: left as it is.
         rename: new names for groups of `other`, where both have given one name to two things.
-        norm: "joint" or "per_group" for the result; default that of both.
+        norm: "joint" or "per_group" for the result. Default: per_group, for groups that were trained apart drown each
+            other under one norm, even if each was trained under one (docs/token-groups.md).
 
     Raises:
         GrowthError: they are not children of one parent with its weights frozen: other sizes, other weights outside the
@@ -151,6 +152,11 @@ def merge(model: Any, other: Any, *, rename: Mapping[str, str] | None = None, no
     operation = merge_operation(model.config, other.config, read, rename=rename, norm=norm)
     check_plain(other, [g["name"] for g in token_groups(other.config)])
     apply(model, operation)
+
+
+def is_normalised(config: Any) -> bool:
+    """Whether the scores of a model's parameter tokens are normalised, jointly or by group."""
+    return getattr(config, "norm_activation_type", "gelu") != "gelu"
 
 
 def check_siblings(
@@ -200,14 +206,12 @@ def merge_operation(
     if owners:
         raise GrowthError(f"token group {', '.join(owners)} came with blocks of its own, which cannot be merged")
     fields = _taus(config, other_config)
-    if norm is not None:
-        if getattr(config, "norm_activation_type", "gelu") == "gelu":
-            raise GrowthError(f"norm {norm!r} was asked; this model's parameter tokens are not normalised")
-        if norm not in ("joint", "per_group"):
-            raise GrowthError(f"norm is {norm!r}; it must be joint or per_group")
-        fields["token_group_norm"] = norm
-    elif (found := _norms(config, other_config)) and len(set(found)) > 1:
-        raise GrowthError(f"these models normalise their token groups {' and '.join(found)}; say which as norm")
+    if norm not in (None, "joint", "per_group"):
+        raise GrowthError(f"norm is {norm!r}; it must be joint or per_group")
+    if is_normalised(config):
+        fields["token_group_norm"] = norm or "per_group"
+    elif norm is not None:
+        raise GrowthError(f"norm {norm!r} was asked; this model's parameter tokens are not normalised")
     groups = [*token_groups(config), *({**theirs[old], "name": name} for old, name in new.items())]
 
     def change(block: int, token_map: TokenMap, old: Groups) -> Groups:
@@ -234,10 +238,6 @@ def _check_alike(config: Any, other: Any) -> None:
     different = [f"{k} ({a.get(k)}, {b.get(k)})" for k in sorted({*a, *b} - ignored) if a.get(k) != b.get(k)]
     if different:
         raise GrowthError(f"these models are not children of one parent: they differ in {', '.join(different)}")
-
-
-def _norms(config: Any, other: Any) -> list[str]:
-    return [norm for c in (config, other) if (norm := getattr(c, "token_group_norm", None))]
 
 
 def _taus(config: Any, other: Any) -> dict[str, Any]:
