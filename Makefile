@@ -1,10 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install lint test test-all demo benchmark ecosystem clean
+.PHONY: install lint test test-all demo benchmark smollm2 continual ecosystem clean
 
 ECOSYSTEM := examples/ecosystem
 CHECKPOINT := runs/ecosystem/stage2
+GROWN := runs/smollm2/speaking
 OUTCOMES := benchmarks/results/ecosystem.jsonl
 TOOLS := lm_eval_task peft_lora torchao_int8 trl_preferences serve_and_chat export_onnx
 
@@ -36,19 +37,36 @@ benchmark: install
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/rewrite.py
+	$(BIN)/python benchmarks/readme.py
+
+# SmolLM2 learns Shakespeare by full fine-tuning, LoRA and a tenth more neurons; about half an hour. Needs npm.
+smollm2: install
+	$(BIN)/python benchmarks/smollm2.py
+	$(BIN)/python benchmarks/readme.py
+
+# A small model learns one text after another by four means; about half an hour.
+continual: install
+	$(BIN)/python benchmarks/continual.py
 	$(BIN)/python benchmarks/readme.py
 
 # Every tool of docs/ecosystem.md for real; about half an hour. vLLM, SGLang and some exporters in environments of their own.
-ecosystem: $(CHECKPOINT) .venv-others/installed .venv-vllm/installed .venv-sglang/installed
+ecosystem: $(CHECKPOINT) $(GROWN) .venv-others/installed .venv-vllm/installed .venv-sglang/installed
 	for tool in $(TOOLS); do $(BIN)/python $(ECOSYSTEM)/$$tool.py $(CHECKPOINT) --results $(OUTCOMES) || exit 1; done
 	for tool in bitsandbytes_cpu export_openvino export_executorch; do \
 		.venv-others/bin/python $(ECOSYSTEM)/$$tool.py $(CHECKPOINT) --results $(OUTCOMES) || exit 1; done
 	.venv-vllm/bin/python $(ECOSYSTEM)/vllm_generate.py $(CHECKPOINT) --results $(OUTCOMES)
 	.venv-sglang/bin/python $(ECOSYSTEM)/sglang_generate.py $(CHECKPOINT) --results $(OUTCOMES)
+	for tool in grown_llama grown_llamacpp; do \
+		.venv-vllm/bin/python $(ECOSYSTEM)/$$tool.py $(GROWN) --results $(OUTCOMES) || exit 1; done
 	$(BIN)/python benchmarks/readme.py
 
 $(CHECKPOINT): install
 	test -d $@ || $(BIN)/tokenformer train $(ECOSYSTEM)/recipe.yaml -o runs/ecosystem --force
+
+$(GROWN): install
+	test -d runs/smollm2/model || PYTHONPATH=benchmarks $(BIN)/python -c 'import smollm2; smollm2.fetch()'
+	$(BIN)/python $(ECOSYSTEM)/grow_llama.py runs/smollm2/model $@
 
 .venv-others/installed: $(ECOSYSTEM)/others.txt constraints.txt
 	$(PYTHON) -m venv $(@D)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import continual
+import smollm2
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -93,7 +98,45 @@ def convert() -> str:
     return "\n".join(rows)
 
 
-PAGES = {"README.md": (demo, benchmarks), "docs/ecosystem.md": (ecosystem, convert)}
+def smollm2_results() -> str:
+    """Return what each arm learned and forgot, and the learning rates that were tried."""
+    return f"{smollm2.results_table(lines('smollm2'))}\n\nTuning, change in bits per byte:\n\n" + smollm2.tuning_table(
+        lines("smollm2")
+    )
+
+
+def continual_results() -> str:
+    """Return the texts after every step, and the learning rates that were tried."""
+    return f"{continual.results_table(lines('continual'))}\n\nTuning:\n\n" + continual.tuning_table(lines("continual"))
+
+
+def routing() -> str:
+    """Return when gates are open and what that saves."""
+    return continual.routing_table(lines("continual"))
+
+
+def merging() -> str:
+    """Return what becomes of children trained apart under either norm."""
+    return continual.merging_table(lines("continual"))
+
+
+def rewriting() -> str:
+    """Return a row per operation on a checkpoint of 1.5B parameters: its newest measurement."""
+    newest = {(r["model"], r["operation"]): r for r in lines("rewrite") if r["source_bytes"] > 1e9}
+    rows = ["| model | operation | files, GB | peak memory, GB | of it imports | seconds | time / copying the files |"]
+    rows.append("|---|---|--:|--:|--:|--:|--:|")
+    for (model, operation), r in newest.items():
+        file, peak, imports = (f"{r[name] / 1e9:.2f}" for name in ("source_bytes", "peak", "imports"))
+        seconds = statistics.median(r["seconds"])
+        rows.append(f"| {model} | {operation} | {file} | {peak} | {imports} | {seconds:.1f} | {r['ratio']:.2f} |")
+    return "\n".join(rows)
+
+
+PAGES: dict[str, tuple[Callable[[], str], ...]] = {
+    "README.md": (demo, benchmarks),
+    "docs/ecosystem.md": (ecosystem, convert),
+    "docs/token-groups.md": (rewriting, merging, smollm2_results, continual_results, routing),
+}
 
 
 def filled(page: str) -> str:

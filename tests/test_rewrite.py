@@ -58,7 +58,10 @@ def operations(config, dtype):
         yield consolidate_operation(config)
 
 
-HALF = [("grown", torch.bfloat16), ("grown", torch.float16), ("llama", torch.bfloat16), ("llama", torch.float16)]
+HALF = [
+    *((kind, torch.bfloat16) for kind in ("grown", "llama")),
+    *(pytest.param(kind, torch.float16, marks=pytest.mark.slow) for kind in ("grown", "llama")),
+]
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [*((kind, torch.float32) for kind in MODELS), *HALF])
