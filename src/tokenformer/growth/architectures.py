@@ -8,7 +8,7 @@ all architectures, and adding an architecture is adding a row to `ARCHITECTURES`
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import GrowthError
 from ..models.configuration_tokenformer import PROJECTIONS, count_at
-from ..models.pattention import BASE_GROUP
+from ..models.pattention import BASE_GROUP, check_group
 
 Group = dict[str, Any]
 # The tensors of each token group of one map, by the names that its `Part`s give them.
@@ -247,6 +247,17 @@ def check_known(config: Any, names: list[str]) -> None:
     unknown = [name for name in names if name not in [group["name"] for group in token_groups(config)]]
     if unknown:
         raise GrowthError(f"there is no token group {', '.join(map(repr, unknown))}; there are {_names(config)}")
+
+
+def check_new(config: Any, name: str, *, besides: Collection[str] = ()) -> None:
+    """Raise GrowthError unless a token group can get this name; `besides` are groups that make room."""
+    taken = [group["name"] for group in token_groups(config) if group["name"] not in besides]
+    if name in taken:
+        raise GrowthError(f"token group {name!r} exists already, beside {', '.join(taken)}; choose another name")
+    try:
+        check_group(name, 0)
+    except ValueError as error:
+        raise GrowthError(str(error)) from error
 
 
 def places(config: Any) -> Iterator[tuple[int, TokenMap]]:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from ..errors import GrowthError
-from ..models.pattention import check_group
 from .architectures import (
     Groups,
     TokenMap,
     architecture_of,
     check_known,
+    check_new,
     token_groups,
     with_groups,
 )
@@ -99,7 +99,7 @@ def consolidate_operation(config: Any, names: Iterable[str] | None = None, *, na
     owned = [group["name"] for group in chosen if group.get("blocks")]
     if owned:
         raise GrowthError(f"token group {', '.join(owned)} owns blocks, which go when it is dropped; leave it out")
-    _check_new(config, new, besides=wanted)
+    check_new(config, new, besides=wanted)
     united = {"name": new, **{p: _sum(g.get(p, 0) for g in chosen) for p in architecture_of(config).counts}}
     left = [united if group is chosen[0] else group for group in groups if group is chosen[0] or group not in chosen]
 
@@ -197,7 +197,7 @@ def merge_operation(
     theirs = {group["name"]: group for group in token_groups(other_config)}
     new = {name: renamed.get(name, name) for name in theirs if name in renamed or name not in ours}
     for name in new.values():
-        _check_new(config, name, besides=())
+        check_new(config, name)
     if len(set(new.values())) < len(new):
         raise GrowthError(f"two token groups would have one name: {', '.join(new.values())}; choose another in rename")
     if not new:
@@ -251,16 +251,6 @@ def _taus(config: Any, other: Any) -> dict[str, Any]:
         if a is None and b is not None:
             taus[field] = b
     return taus
-
-
-def _check_new(config: Any, name: str, *, besides: Iterable[str]) -> None:
-    taken = [group["name"] for group in token_groups(config) if group["name"] not in besides]
-    if name in taken:
-        raise GrowthError(f"token group {name!r} exists already, beside {', '.join(taken)}; choose another name")
-    try:
-        check_group(name, 0)
-    except ValueError as error:
-        raise GrowthError(str(error)) from error
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import GrowthError
 from ..models.configuration_tokenformer import PRESETS, PROJECTIONS
-from ..models.pattention import check_group, default_tau, draw_tokens, zero_of_new_group
-from .architectures import Group, Groups, TokenMap, architecture_of, token_groups, with_groups
+from ..models.pattention import default_tau, draw_tokens, zero_of_new_group
+from .architectures import Group, Groups, TokenMap, architecture_of, check_new, token_groups, with_groups
 from .neurons import GroupedLinear
 from .operations import Operation, apply, unchanged
 
@@ -132,7 +132,7 @@ def grow_operation(
         i for i in range(depth) for _ in range(1 + (i + 1) * (total - depth) // depth - i * (total - depth) // depth)
     ]
     silent = [i for i, block in enumerate(blocks) if i and blocks[i - 1] == block]
-    new: Group = {"name": _group_name(groups, name), **added}
+    new: Group = {"name": _group_name(config, name), **added}
     more: dict[str, Any] = {"token_group_norm": norm} if norm is not None else {}
     for projection, count in added.items():
         if count and not current[f"{projection}_param_tokens"]:
@@ -281,16 +281,11 @@ def _preset_totals(config: Any, preset: str) -> dict[str, Amount | None]:
     return {f: sizes[f] for f in (*(f"{p}_param_tokens" for p in PROJECTIONS), "num_hidden_layers")}
 
 
-def _group_name(groups: list[Group], name: str | None) -> str:
-    taken = [group["name"] for group in groups]
+def _group_name(config: Any, name: str | None) -> str:
+    taken = [group["name"] for group in token_groups(config)]
     if name is None:
         return next(f"grown{i}" for i in range(1, len(taken) + 2) if f"grown{i}" not in taken)
-    if name in taken:
-        raise GrowthError(f"token group {name!r} exists already, beside {', '.join(taken)}; choose another name")
-    try:
-        check_group(name, 0)
-    except ValueError as error:
-        raise GrowthError(str(error)) from error
+    check_new(config, name)
     return name
 
 
