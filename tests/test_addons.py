@@ -5,8 +5,9 @@ import torch
 from models import two_groups
 from operations import as_trained, facts, leftovers, make_family, same, same_files, train_only  # noqa: F401
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from tokenformer import grow
+from tokenformer import cli, grow
 from tokenformer.addons import attach, attach_operation, split, split_state
 from tokenformer.checkpoint import save_checkpoint, weight_files, weights_digest
 from tokenformer.errors import CheckpointError, GrowthError
@@ -110,3 +111,10 @@ def test_addons_belong_to_one_parent(family):
     with pytest.raises(GrowthError, match="'deep' came with blocks of its own, which an add-on cannot carry"):
         split_checkpoint(open_checkpoint(folder / "deep"), "deep", folder / "d.safetensors")
     assert leftovers(folder) == sorted([*before, "deep"])
+
+
+def test_damaged_weights_give_no_addon(family):
+    folder, _ = family
+    flip(next(folder.glob("a/*.safetensors")))
+    done = CliRunner().invoke(cli.app, ["split", str(folder / "a"), "a", "-o", str(folder / "x.safetensors")])
+    assert "its weights have sha256" in str(done.exception) and not (folder / "x.safetensors").exists()

@@ -14,7 +14,7 @@ import torch
 from models import make, tiny, two_groups
 from operations import as_trained, leftovers, link, logits, make_family, ordinary, same_files, train  # noqa: F401
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tokenformer import grow
 from tokenformer.addons import split_state
@@ -316,3 +316,14 @@ def test_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
         if (tmp_path / "out").exists():
             assert [g["name"] for g in token_groups(load_checkpoint(tmp_path / "out")[0].config)] == ["base"]
             shutil.rmtree(tmp_path / "out")
+
+
+def test_buffers_of_older_transformers_are_left_out(tmp_path):
+    save_checkpoint(tmp_path / "c", llama(), None, Lineage())
+    state = load_file(tmp_path / "c" / "model.safetensors")
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(state, tmp_path / "c" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "c" / "lineage.json").unlink()
+    source = open_checkpoint(tmp_path / "c")
+    rewrite(source, tmp_path / "d", grow_operation(source.config, seed=0, dtype=source.dtype, ffn_param_tokens="+8"))
+    load_checkpoint(tmp_path / "c"), load_checkpoint(tmp_path / "d")

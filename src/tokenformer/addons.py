@@ -66,7 +66,7 @@ def split(model: Any, group: str, output: str | Path, *, force: bool = False) ->
 
 
 def split_state(config: Any, state: State, group: str, output: str | Path, *, force: bool = False) -> Path:
-    """Do what `split` does with the tensors of a model, which may be `Stored`; errors as there."""
+    """Do what `split` does with a model's tensors by name, which may be read from files; errors as there."""
     file = Path(output)
     if file.suffix != ".safetensors":
         raise CheckpointError(f"{file} should be called *.safetensors: it holds tensors, and loading it runs no code")

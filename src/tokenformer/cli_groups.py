@@ -168,6 +168,7 @@ def split(
 
     quiet_libraries()
     source = open_checkpoint(checkpoint)
+    source.verification.result()  # an add-on of damaged weights would fit no parent
     file = split_state(source.config, source.tensors, group, output, force=force)
     Console().print(f"Written: {file} ({file.stat().st_size / 1e6:,.1f} MB)", markup=False, soft_wrap=True)
 

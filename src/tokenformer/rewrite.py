@@ -36,8 +36,6 @@ from .growth.state import States, check_finite, move_states, read_map, rewritten
 from .lineage import Lineage
 from .optimization import OPTIMIZER_FILE, load_states
 
-_ADDON = "tokenformer_addon"
-
 
 class StoredTensors(Mapping[str, Tensor]):
     """Tensors in files by name, each read when it is asked for and kept by nobody.
@@ -87,8 +85,8 @@ class Stored:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of its first block's first map."""
-        return next(t.dtype for name in self.tensors if (t := self.tensors[name]).is_floating_point())
+        """Type of its weights, told by the first."""
+        return next(self.tensors[name].dtype for name in self.tensors if name.endswith(".weight"))
 
     def read(self, block: int, token_map: TokenMap) -> Groups:
         """Return the token groups of a map."""
@@ -144,7 +142,7 @@ def rewrite(
             that are not finite. Nothing is then written.
     """
     check_target(Path(output), force=force)
-    _check_names(source)
+    check_names(source)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(operation.config, dtype=source.dtype)
     states = move_states(source.config, load_states(source.path), operation) | (more_states or {})
@@ -217,20 +215,32 @@ def merge_checkpoints(
     return rewrite(source, output, replace(operation, arguments=arguments), more_states=states, **options)
 
 
-def _check_names(source: Stored) -> None:
-    """Refuse files that do not hold just what the configuration describes, as loading them would."""
+def check_names(source: Stored) -> None:
+    """Raise CheckpointError where files do not hold just what the configuration describes, as loading them would."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(source.config)
     state, found = model.state_dict(), set(source.tensors)
-    tied, known = set(model.all_tied_weights_keys), model._keys_to_ignore_on_load_unexpected or []
+    # What older versions of transformers saved beside the weights.
+    known = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
+    tied = set(model.all_tied_weights_keys)
     missing = sorted(set(state) - tied - found)
     unknown = sorted(name for name in found - set(state) if not any(re.search(pattern, name) for pattern in known))
+    shared = {name: _kind(source.tensors[name]) for name in sorted(found & set(state))}
     misshapen = [
-        f"{name} is {list(source.tensors[name].shape)}, not {list(state[name].shape)}"
-        for name in sorted(found & set(state))
-        if source.tensors[name].shape != state[name].shape
+        f"{name} is {list(shape)}, not {list(state[name].shape)}"
+        for name, (shape, _) in shared.items()
+        if shape != state[name].shape
     ]
-    problems = {"missing": missing, "unknown": unknown, "of other shapes": misshapen}
-    told = [f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in problems.items() if names]
+    odd = [f"{name} is {dtype}" for name, (_, dtype) in shared.items() if not dtype.is_floating_point]
+    problems = {"missing": missing, "unknown": unknown, "of other shapes": misshapen, "not of floating point": odd}
+    told = [
+        f"{len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+        for what, names in problems.items()
+        if names
+    ]
     if told:
         raise CheckpointError(f"checkpoint {source.path} does not fit its own config.json: {'; '.join(told)}")
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype

@@ -12,26 +12,24 @@ eps: it gives √(D σ² / (σ² + eps)), and what has a small variance σ², su
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
 from torch import Tensor
 from transformers import GPTNeoXConfig
 
-from ..checkpoint import OnProgress, check_target, load_tokenizer, save_checkpoint, verify_checkpoint, weight_files
+from ..checkpoint import OnProgress, check_target, load_tokenizer, save_checkpoint
 from ..errors import ConversionError
+from ..growth.state import check_finite
 from ..lineage import Lineage
 from ..models.configuration_tokenformer import TokenformerConfig
 from ..models.modeling_tokenformer import TokenformerForCausalLM
 from ..models.pattention import BASE_GROUP
+from ..rewrite import check_names, open_checkpoint
 
 _MODEL_TYPE = "gpt_neox"
 _GROUP = f"groups.{BASE_GROUP}"
@@ -63,12 +61,8 @@ _OUTSIDE = {
     "model.embed_tokens.weight": "gpt_neox.embed_in.weight",
     "model.norm.weight": "gpt_neox.final_layer_norm.weight",
     "model.norm.bias": "gpt_neox.final_layer_norm.bias",
-    "lm_head.weight": "embed_out.weight",
+    "lm_head.weight": "lm_head.weight",
 }
-# What older versions saved beside the weights; it follows from the configuration.
-_BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 Read = Callable[[str], Tensor]
 
 
@@ -91,76 +85,51 @@ def convert_transformer(
         The new checkpoint's lineage, whose parent is the digest of `source`'s weights.
 
     Raises:
-        ConversionError: another kind of model, one that cannot be expressed, or tensors that are not those its
-            configuration describes; nothing is written.
-        CheckpointError: `source` is missing or damaged, or `output` exists and not `force`, or cannot be written.
+        ConversionError: another kind of model, or one that cannot be expressed; nothing is written.
+        CheckpointError: `source` is missing, damaged or quantised, its tensors are not finite or not those that its
+            configuration describes, or `output` exists and not `force`, or cannot be written.
         TokenizerError: the tokenizer has more entries than the embedding has rows.
     """
-    source = Path(source)
     check_target(Path(output), force=force)
-    theirs = read_gpt_neox_config(source)
-    lineage = verify_checkpoint(source).then("convert", arguments={"from": _MODEL_TYPE, "checkpoint": source.name})
-    found = _list_tensors(weight_files(source))
-    dtype = check_tensors(theirs, {name: (shape, kind) for name, (_, shape, kind) in found.items()}, where=str(source))
-    ours = config_from_gpt_neox(theirs)
-    tokenizer = load_tokenizer(source, theirs)
+    theirs = open_checkpoint(source)
+    check_expressible(theirs.config, where=str(source))
+    check_names(theirs)
+    tokenizer = load_tokenizer(source, theirs.config)
     with torch.device("meta"):
-        model = TokenformerForCausalLM._from_config(ours, dtype=dtype)
+        model = TokenformerForCausalLM._from_config(config_from_gpt_neox(theirs.config), dtype=theirs.dtype)
 
     def read(name: str) -> Tensor:
-        file, _, _ = found[name]
-        with safe_open(file, framework="pt") as tensors:
-            tensor = tensors.get_tensor(name)
-        if not tensor.isfinite().all():
-            raise ConversionError(f"{name} in {file} holds numbers that are not finite; take an earlier checkpoint")
-        return tensor
+        return check_finite({name: theirs.tensors[name]}, f"checkpoint {source}")[name]
+
+    def lineage() -> Lineage:
+        return theirs.lineage.then("convert", arguments={"from": _MODEL_TYPE, "checkpoint": Path(source).name})
 
     def weights(names: Sequence[str]) -> dict[str, Tensor]:
         tensors = {}
         for owner, wanted in groupby(names, key=_owner):
-            made = convert_tensors(theirs, owner, read)
-            tensors.update({name: made[name].to(dtype).contiguous() for name in wanted})
+            made = convert_tensors(theirs.config, owner, read)
+            tensors.update({name: made[name].to(theirs.dtype).contiguous() for name in wanted})
         return tensors
 
     return save_checkpoint(output, model, tokenizer, lineage, force=force, weights=weights, on_progress=on_progress)
 
 
-def read_gpt_neox_config(source: Path) -> GPTNeoXConfig:
-    """Read the configuration of a GPT-NeoX checkpoint.
-
-    Raises:
-        ConversionError: there is none, it is of another kind, or it has what a TokenFormer has not.
-    """
-    file = source / "config.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        kind = content.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+def check_expressible(config: Any, *, where: str) -> None:
+    """Raise ConversionError, saying why, where a model is no GPT-NeoX or has what a TokenFormer has not."""
+    if config.model_type != _MODEL_TYPE:
         raise ConversionError(
-            f"cannot read {file}: {error}; give a folder that transformers' save_pretrained wrote"
-        ) from error
-    if kind != _MODEL_TYPE:
-        raise ConversionError(
-            f"{source} is a {kind!r} model; only GPT-NeoX-like ones ({_MODEL_TYPE!r}, such as Pythia) can become "
-            "TokenFormers exactly. `tokenformer grow` grows others as they are"
+            f"{where} is a {config.model_type!r} model; only GPT-NeoX-like ones ({_MODEL_TYPE!r}, such as Pythia) can "
+            "become TokenFormers exactly. `tokenformer grow` grows others as they are"
         )
-    try:
-        config = GPTNeoXConfig.from_dict(content)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise ConversionError(f"{file} describes no GPT-NeoX: {error.__cause__ or error}") from error
-    rope: Any = config.rope_parameters
     reasons = []
     if config.hidden_act != "gelu":
         reasons.append(
             f"hidden_act is {config.hidden_act!r}, and only the exact 'gelu' has gelu(u) - gelu(-u) = u here"
         )
-    if rope["rope_type"] != "default":
-        reasons.append(f"its rotary embedding is scaled ({rope['rope_type']!r})")
-    if content.get("quantization_config"):
-        reasons.append("it is quantised; give the one that it was made from")
+    if config.rope_parameters["rope_type"] != "default":
+        reasons.append(f"its rotary embedding is scaled ({config.rope_parameters['rope_type']!r})")
     if reasons:
-        raise ConversionError(f"{source} cannot become a TokenFormer: {'; '.join(reasons)}")
-    return config
+        raise ConversionError(f"{where} cannot become a TokenFormer: {'; '.join(reasons)}")
 
 
 def config_from_gpt_neox(config: GPTNeoXConfig) -> TokenformerConfig:
@@ -175,58 +144,6 @@ def config_from_gpt_neox(config: GPTNeoXConfig) -> TokenformerConfig:
         pattention_bias=True,
         rope_parameters=dict(config.rope_parameters),
     )
-
-
-def gpt_neox_tensors(config: GPTNeoXConfig) -> dict[str, tuple[int, ...]]:
-    """List the tensors of a GPT-NeoX checkpoint with their shapes."""
-    d, inner = config.hidden_size, config.intermediate_size
-    table: dict[str, tuple[int, ...]] = {name: (d,) for name in _OUTSIDE.values() if "norm" in name}
-    table["gpt_neox.embed_in.weight"] = table["embed_out.weight"] = (config.vocab_size, d)
-    if config.tie_word_embeddings:
-        del table["embed_out.weight"]
-    for i in range(config.num_hidden_layers):
-        maps: dict[str, tuple[int, ...]] = {"attention.query_key_value": (3 * d, d), "attention.dense": (d, d)}
-        biased = {_MLP_KEYS: (inner, d), _MLP_VALUES: (d, inner)} | (maps if config.attention_bias else {})
-        block = {f"{name}.weight": shape for name, shape in (maps | biased).items()}
-        block |= {f"{name}.bias": shape[:1] for name, shape in biased.items()}
-        block |= {f"{norm}.{kind}": (d,) for norm in ("input_layernorm", _MLP_NORM) for kind in ("weight", "bias")}
-        table |= {f"gpt_neox.layers.{i}.{name}": shape for name, shape in block.items()}
-    return table
-
-
-def check_tensors(
-    config: GPTNeoXConfig, found: Mapping[str, tuple[tuple[int, ...], torch.dtype]], *, where: str
-) -> torch.dtype:
-    """Check that `found` (name to shape and dtype) holds exactly the tensors of `config`; return their dtype.
-
-    Raises:
-        ConversionError: tensors are missing, unknown, or of another shape or kind; names them.
-    """
-    table = gpt_neox_tensors(config)
-    ignored = {name for name in found if _BUFFERS.fullmatch(name)}
-    if config.tie_word_embeddings:
-        ignored.add("embed_out.weight")
-    shared = sorted(set(table) & set(found))
-    problems = {
-        "missing": sorted(set(table) - set(found)),
-        "unknown": sorted(set(found) - set(table) - ignored),
-        "of other shapes": [
-            f"{name} is {list(found[name][0])}, not {list(table[name])}"
-            for name in shared
-            if found[name][0] != table[name]
-        ],
-        "not of floating point": [f"{name} is {found[name][1]}" for name in shared if found[name][1] not in _DTYPES],
-    }
-    if any(problems.values()):
-        raise ConversionError(
-            f"the tensors of {where} are not those its config.json describes: "
-            + "; ".join(
-                f"{len(names)} {what}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
-                for what, names in problems.items()
-                if names
-            )
-        )
-    return reduce(torch.promote_types, {found[name][1] for name in table})
 
 
 def convert_tensors(config: GPTNeoXConfig, owner: str, read: Read) -> dict[str, Tensor]:
@@ -288,17 +205,3 @@ def _owner(name: str) -> str:
     """Return the map that a tensor of ours belongs to, or its own name outside the blocks."""
     match = re.match(r"model\.layers\.\d+\.(self_attn\.\w+|mlp)", name)
     return match[0] if match else name
-
-
-def _list_tensors(files: Sequence[Path]) -> dict[str, tuple[Path, tuple[int, ...], torch.dtype]]:
-    """Return file, shape and dtype of every tensor by its name, without reading it."""
-    listed = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                listed[name] = (file, tuple(tensors.get_slice(name).get_shape()), _dtype(tensors.get_slice(name)))
-    return listed
-
-
-def _dtype(part: Any) -> torch.dtype:
-    return part[:0].dtype if part.get_shape() else part[...].dtype

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..errors import GrowthError
 from .architectures import Groups, TokenMap, architecture_of, count_of, places, token_groups, with_groups
-from .importance import kept, measure, ranked
+from .importance import kept, measure, ranked, share_of
 from .operations import Operation, apply
 
 # For the (block, map)s that have any, and every token group, the parameter tokens to keep, in their new order.
@@ -71,7 +70,7 @@ def take(model: Any, keep: float) -> None:
     indices: dict[tuple[int, str], dict[str, Tensor]] = {}
     for block, token_map in places(model.config):
         counts = {g["name"]: count_of(g, token_map.projection, block) for g in token_groups(model.config)}
-        indices[block, token_map.name] = {g: torch.arange(math.ceil(keep * n - 1e-9)) for g, n in counts.items() if n}
+        indices[block, token_map.name] = {g: torch.arange(share_of(keep, n)) for g, n in counts.items() if n}
     apply(model, select_operation(model.config, indices, "take", {"keep": keep}))
 
 

@@ -110,7 +110,7 @@ def move_states(config: Any, states: States, operation: Operation) -> States:
     """
     row, moved = architecture_of(config), {}
     first = {source: i for i, source in reversed(list(enumerate(operation.blocks)))}
-    owned = {name.format(group=g["name"]) for m in row.maps for name in _own(m) for g in token_groups(config)}
+    owned = {p.own.format(group=g["name"]) for m in row.maps for p in m.parts for g in token_groups(config)}
     for name, state in states.items():
         number = _block_number(row.block_name(0), name)
         if number is None:
@@ -232,10 +232,6 @@ def tensors_digest(state: State) -> str:
 def _add(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
     digest.update(tensor.contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
-
-
-def _own(token_map: TokenMap) -> list[str]:
-    return [part.own for part in token_map.parts]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
