@@ -146,6 +146,16 @@ def test_nested_dropout_trains_prefixes_and_resumes(text, tmp_path):
     assert set(shares) == {1.0}
 
 
+def test_an_interrupt_while_writing_leaves_nothing_and_says_so(llama, tmp_path, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tokenformer.checkpoint.save_file", interrupt)
+    done = CliRunner().invoke(cli.app, ["drop", str(llama / "grown"), "grown1", "-o", str(tmp_path / "new")])
+    assert done.exit_code == 130 and "Nothing was written" in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
 def blocks(seed=0, rows=6):
     ids = torch.randint(0, 128, (rows, 20), generator=torch.Generator().manual_seed(seed)).tolist()
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})

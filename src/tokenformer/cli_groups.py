@@ -309,7 +309,12 @@ def rewriting(console: Console) -> Iterator[Callable[[int, int], None]]:
 
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("writing", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        try:
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        except KeyboardInterrupt:
+            bar.stop()
+            Console(stderr=True).print("Interrupted. Nothing was written.")
+            raise typer.Exit(130) from None
 
 
 def _rewrite(
