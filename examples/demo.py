@@ -27,7 +27,8 @@ from tokenformer.checkpoint import read_config, verify_checkpoint
 from tokenformer.errors import TokenformerError
 from tokenformer.progress import TrainingDisplay, growth_line, quiet_libraries, stage_table
 from tokenformer.recipe import Recipe, load_recipe, parse_recipe
-from tokenformer.train import read_log, train
+from tokenformer.stage import read_log
+from tokenformer.train import train
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 PROMPT = "ROMEO"

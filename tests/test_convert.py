@@ -396,6 +396,7 @@ def test_a_tokenizer_that_does_not_fit(tmp_path):
             r"rotary embedding is scaled \(linear\)",
         ),
         ("paper", {"tie_word_embeddings": False}, "not tied"),
+        ("paper", {"use_qk_norm": True}, "its queries and keys are normalised"),
     ],
 )
 def test_what_the_official_code_cannot_express(family, changes, message, tmp_path):

@@ -48,10 +48,11 @@ def test_growth_is_bit_for_bit(family, dtype, attention, norm):
     ),
     rows=st.integers(1, 3),
     length=st.integers(1, 30),
+    use_qk_norm=st.booleans(),
 )
 @torch.no_grad()
-def test_any_sequence_of_growths_is_bit_for_bit(family, steps, rows, length):
-    model, ids = tiny(family), tokens(rows, length)
+def test_any_sequence_of_growths_is_bit_for_bit(family, steps, rows, length, use_qk_norm):
+    model, ids = tiny(family, use_qk_norm=use_qk_norm), tokens(rows, length)
     before = model(ids).logits
     for step in steps:
         grow(model, **{field: f"+{n}" for field, n in step.items()})
@@ -95,6 +96,14 @@ def test_new_tokens_and_blocks_receive_gradient_and_move(family):
         optimizer.step()
     assert touched == set(new)
     assert all(not torch.equal(p, start[name]) for name, p in new.items())
+
+
+def test_new_values_are_as_spread_as_the_configuration_says():
+    model = tiny(hidden_size=256, value_initializer_range=0.5)
+    grow(model, ffn_param_tokens="+64", qkv_param_tokens="+64", num_hidden_layers="+1")
+    for layer in (model.model.layers[0].mlp, model.model.layers[2].self_attn.k_proj):
+        new = layer.groups["grown1"]
+        assert not new.keys.weight.any() and abs(new.values.weight.std().item() / 0.5 - 1) < 0.05
 
 
 def test_depth_inserts_copies_evenly_and_numbers_the_blocks():

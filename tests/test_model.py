@@ -217,11 +217,12 @@ def test_left_padding_changes_nothing(family):
 
 
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+@pytest.mark.parametrize("use_qk_norm", [False, True])
 @torch.no_grad()
-def test_attention_backends_agree_with_sdpa(attention):
+def test_attention_backends_agree_with_sdpa(attention, use_qk_norm):
     ids = tokens()
-    other = tiny(attention=attention)
-    torch.testing.assert_close(other(ids).logits, tiny()(ids).logits, rtol=1e-4, atol=1e-4)
+    other, sdpa = (tiny(attention=name, use_qk_norm=use_qk_norm) for name in (attention, "sdpa"))
+    torch.testing.assert_close(other(ids).logits, sdpa(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -287,6 +288,14 @@ def test_initial_weights_follow_the_official_scales():
         assert abs(weight.weight.std().item() / std - 1) < 0.05
 
 
+def test_values_may_start_at_another_scale():
+    sizes = {**SIZES, **PAPER, "hidden_size": 256, "output_param_tokens": 0}
+    block = TokenformerForCausalLM(TokenformerConfig(**sizes, value_initializer_range=0.5)).model.layers[0]
+    group, wang = block.mlp.groups["base"], 2 / (3 * math.sqrt(256))
+    for weight, std in ((group.keys, 0.02), (group.values, 0.5), (block.self_attn.o_proj.linear, wang)):
+        assert abs(weight.weight.std().item() / std - 1) < 0.05
+
+
 def test_linear_attention_family_is_a_plain_attention():
     """With 0 attention tokens the maps are bias-free linear maps and nothing else."""
     model = tiny("ffn")
@@ -326,6 +335,7 @@ def test_speaks_gpt_neox_rotary_and_attention():
         ({"hidden_size": 65}, "65 is not a multiple of num_attention_heads 4"),
         ({"norm_activation_type": "l2"}, "must be one of l2_norm_gelu"),
         ({"token_group_norm": "each"}, "is 'each'; it must be one of joint, per_group"),
+        ({"value_initializer_range": 0.0}, "value_initializer_range is 0.0; it must be positive"),
         (
             {"token_groups": [{"name": "a", "qkv": 48, "output": 40, "ffn": [80, 80]}], "ffn_param_tokens": None},
             "lists ffn parameter tokens for 2 blocks, but num_hidden_layers is 3",
@@ -419,7 +429,24 @@ def test_parallel_residual_adds_both_maps_of_the_blocks_input():
     assert not torch.allclose(y, tiny().model.layers[0](x, attention_mask=None, position_embeddings=rotary))
 
 
+@torch.no_grad()
+def test_qk_norm_divides_each_head_by_its_root_mean_square():
+    model, plain, ids = tiny("ffn", use_qk_norm=True), tiny("ffn"), tokens()
+    assert plain.state_dict().keys() == model.state_dict().keys()
+
+    def normalised(module, inputs, output):
+        heads = output.unflatten(-1, (4, 16))
+        return (heads / (heads.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2)
+
+    for layer in plain.model.layers:
+        layer.self_attn.q_proj.register_forward_hook(normalised)
+        layer.self_attn.k_proj.register_forward_hook(normalised)
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(model(ids).logits, tiny("ffn")(ids).logits, atol=0.1)
+
+
 NEW_KINDS = {
+    "normalised queries and keys": {"use_qk_norm": True},
     "biases, parallel": {"pattention_bias": True, "use_parallel_residual": True},
     "no norm, untied": {"norm_activation_type": "gelu", "pattention_bias": True, "tie_word_embeddings": False},
 }

@@ -31,6 +31,7 @@ LAYERS = [
     {"data", "evaluate", "optimization", "explain"},
     {"rewrite"},
     {"addons", "preparation", "hub", "convert.files", "convert.transformer"},
+    {"stage"},
     {"train"},
     {"progress"},
     {"cli_groups"},

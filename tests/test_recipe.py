@@ -81,7 +81,10 @@ def test_a_plus_is_harmless_where_a_number_is_wanted(tmp_path):
         (changed(stages=[{"text_tokens": 0}]), "stages.0.text_tokens is 0: input should be greater than 0"),
         (changed(stages=[{"text_tokens": 1.5}]), "stages.0.text_tokens is 1.5: input should be a valid integer"),
         (changed(training={"sequence_length": 1}), "training.sequence_length is 1: input should be greater than 1"),
-        (changed(training={"schedule": "linear"}), "training.schedule is 'linear': input should be 'wsd' or 'cosine'"),
+        (
+            changed(training={"schedule": "linear"}),
+            "training.schedule is 'linear': input should be 'wsd', 'cosine' or 'constant'",
+        ),
         (changed(data={"validation_fraction": 0.9}), "data.validation_fraction is 0.9: input should be less than 0.5"),
         (changed(model={"preset": "9m"}), "model: there is no preset '9m'; there are "),
         (
@@ -165,7 +168,7 @@ def test_explained_types_and_defaults():
     assert rows["stages"] == ("section", "")
     assert rows["stages[].text_tokens"] == ("integer", "required")
     assert rows["stages[].ffn_param_tokens"] == ("integer or text", "")
-    assert rows["training.schedule"] == ("wsd or cosine", "wsd")
+    assert rows["training.schedule"] == ("wsd or cosine or constant", "wsd")
     assert rows["data.streaming"] == ("true or false", "False")
     assert rows["training.learning_rate"] == ("number", "0.001")
 

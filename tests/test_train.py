@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from tokenformer.checkpoint import load_checkpoint, read_config, verify_checkpoint
 from tokenformer.cost import training_flops
 from tokenformer.errors import CheckpointError, DataError, GrowthError, RecipeError, TokenizerError
-from tokenformer.optimization import learning_rate, steps_of
+from tokenformer.optimization import OPTIMIZER_FILE, learning_rate, steps_of
 from tokenformer.recipe import parse_recipe
-from tokenformer.train import OPTIMIZER_FILE, read_log, train
+from tokenformer.stage import read_log
+from tokenformer.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 

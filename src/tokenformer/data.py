@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,7 @@ class TextData:
     """Text ready for training: packed blocks, the tokenizer, and `facts` for logs and lineage."""
 
     train_blocks: Documents
+    validation_documents: datasets.Dataset
     validation_blocks: datasets.Dataset
     validation_bytes: int
     tokenizer: PreTrainedTokenizerBase
@@ -252,7 +253,34 @@ def prepare(
     }
     if not section.streaming:
         facts |= {"training_documents": len(train), "training_text_tokens": len(train_blocks) * (sequence_length - 1)}
-    return TextData(train_blocks, validation_blocks, validation_bytes, tokenizer, facts)
+    return TextData(train_blocks, validation, validation_blocks, validation_bytes, tokenizer, facts)
+
+
+def halve_validation(data: TextData, *, sequence_length: int) -> tuple[TextData, TextData]:
+    """Return `data` twice, each with about half of the held-out documents: one to choose by, one to report.
+
+    Raises:
+        DataError: there is one held-out document only.
+    """
+    documents = data.validation_documents
+    if len(documents) < 2:
+        raise DataError(
+            f"{len(documents)} document is held out, and one to tune on must be another than one to report on; raise "
+            "data.validation_bytes or data.validation_fraction, or give text of more documents"
+        )
+    sizes = np.cumsum([len(text.encode()) for text in documents["text"]])
+    middle = int(np.clip(np.searchsorted(sizes, sizes[-1] / 2) + 1, 1, len(documents) - 1))
+    halves = [documents.select(range(middle)), documents.select(range(middle, len(documents)))]
+    first, second = (
+        replace(
+            data,
+            validation_documents=half,
+            validation_blocks=pack(half, data.tokenizer, block_length=sequence_length, keep_tail=True),
+            validation_bytes=utf8_bytes(half),
+        )
+        for half in halves
+    )
+    return first, second
 
 
 _FEATURES = datasets.Features({c: datasets.List(datasets.Value("int32")) for c in ("input_ids", "labels")})

@@ -5,18 +5,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from . import cost
 from .errors import RecipeError
+from .growth.architectures import ARCHITECTURES
 from .growth.grow import Amount
 from .models.configuration_tokenformer import PRESETS, TokenformerConfig
 
@@ -37,11 +42,16 @@ stages:
 """
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Part of a recipe: no unknown keys, a docstring under each field as its help text."""
+
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
 
 
-class ModelSection(_Section):
+S = TypeVar("S", bound=Section)
+
+
+class ModelSection(Section):
     """The model of the first stage."""
 
     preset: str | None = None
@@ -60,6 +70,10 @@ class ModelSection(_Section):
     """Parameter tokens of the feed-forward."""
     norm_activation_type: Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"] | None = None
     """How scores become weights; l2_norm_gelu is the paper's."""
+    use_qk_norm: bool | None = None
+    """Divide each head's query and key by their root mean square, before the rotary embedding. Default: no (paper)."""
+    value_initializer_range: float | None = Field(None, gt=0)
+    """Standard deviation of new values, of the first stage and of growth. Default: 2 / (blocks · √hidden_size)."""
     checkpoint: str | None = None
     """Folder of a checkpoint to start from instead: its weights, its tokenizer. No field above goes with it."""
 
@@ -85,7 +99,7 @@ class ModelSection(_Section):
         return self
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """The text: where from, how held out, how tokenised."""
 
     source: str | list[str]
@@ -109,7 +123,7 @@ class DataSection(_Section):
     """Read and tokenise on the fly instead of caching: for corpora larger than the disk."""
 
 
-class TrainingSection(_Section):
+class TrainingSection(Section):
     """How to train; the same for all stages."""
 
     batch_size: int = Field(16, gt=0)
@@ -120,18 +134,23 @@ class TrainingSection(_Section):
     """Text tokens per sequence."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate; a stage may set its own."""
-    schedule: Literal["wsd", "cosine"] = "wsd"
-    """"wsd": warm up, hold, decay once over all stages. "cosine": warm up and decay to a tenth in each (paper)."""
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    """"wsd": warm up, hold, decay once over all stages. "cosine": warm up and decay to a tenth in each (paper).
+    "constant": warm up once and hold."""
     warmup: float = Field(0.02, ge=0, le=1)
-    """Share of the text tokens the learning rate rises over: of all stages (wsd) or of the stage (cosine)."""
+    """Share of the text tokens the learning rate rises over: of all stages (wsd, constant) or of the stage (cosine)."""
     decay: float = Field(0.2, ge=0, le=1)
     """Share of all text tokens at the end over which wsd falls linearly to 0."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """"adamw". "muon": Muon (momentum 0.95) on the blocks' matrices, with steps of AdamW's size; AdamW on all else."""
+    keep_optimizer_state: bool = True
+    """Whether what trained before a stage goes on with its optimizer state; if not, every stage starts it afresh."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """AdamW's decay of the gradient's mean."""
     beta2: float = Field(0.95, ge=0, lt=1)
     """AdamW's decay of the gradient's square."""
     weight_decay: float = Field(0.1, ge=0)
-    """AdamW's weight decay on every matrix; never on the final norm."""
+    """Weight decay on every matrix; never on the final norm."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Largest gradient norm; larger ones are scaled down."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -149,8 +168,17 @@ class TrainingSection(_Section):
     training_arguments: dict[str, Any] = {}
     """Further fields of transformers.TrainingArguments, for example {gradient_checkpointing: true}."""
 
+    @field_validator("optimizer")
+    @classmethod
+    def _torch_has_it(cls, optimizer: str) -> str:
+        if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+            raise ValueError(
+                f"muon needs torch 2.9 or newer, and this is {torch.__version__}; update it, or take adamw"
+            )
+        return optimizer
 
-class Stage(_Section):
+
+class Stage(Section):
     """One growth stage: grow (all but the first may), then train."""
 
     text_tokens: int = Field(gt=0)
@@ -187,7 +215,7 @@ class Stage(_Section):
         return {**asked, "name": self.group, **norm} if asked else {}
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole run."""
 
     model: ModelSection
@@ -218,8 +246,54 @@ class _Loader(yaml.SafeLoader):
 _Loader.yaml_implicit_resolvers = {c: r for c, r in yaml.SafeLoader.yaml_implicit_resolvers.items() if c != "+"}
 
 
+def model_config(model: dict[str, Any], **derived: Any) -> Any:
+    """Return the configuration of a model of any architecture whose token groups are known.
+
+    Args:
+        model: `architecture` (default: tokenformer) and fields of its configuration in transformers' names, which may
+            change a `preset`.
+        derived: fields that `model` decides where it has them.
+
+    Raises:
+        ValueError: unknown architecture, preset or field (names the nearest), or sizes that make no model.
+    """
+    given = dict(model)
+    architecture, preset = given.pop("architecture", "tokenformer"), given.pop("preset", None)
+    if architecture not in list(ARCHITECTURES):
+        raise ValueError(f"there is no architecture {architecture!r}; there are {', '.join(ARCHITECTURES)}")
+    if preset is not None:
+        if preset not in list(PRESETS):
+            raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+        if architecture != "tokenformer":
+            raise ValueError(f"presets are sizes of TokenFormers; take out preset or architecture {architecture!r}")
+        given = {**PRESETS[preset], **given}
+    kind = CONFIG_MAPPING[architecture]
+    # Without most of what every configuration has: `architectures`, a likely slip, is one of those.
+    known = {*kind.attribute_map, *_names(kind)} - (_names(PreTrainedConfig) - {"tie_word_embeddings"})
+    for name in given.keys() - known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{architecture!r} models have no {name!r}{hint}")
+    try:
+        config = kind(**{**derived, **given})
+        cost.parameters(config)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
+        raise ValueError(f"these sizes make no model: {error.__cause__ or error}") from error
+    return config
+
+
 def load_recipe(path: str | Path) -> Recipe:
-    """Read a YAML recipe.
+    """Read a YAML recipe; errors as in `read_sections`."""
+    return read_sections(Recipe, path)
+
+
+def parse_recipe(content: dict[str, Any], *, where: str = "recipe") -> Recipe:
+    """Check a recipe given as nested dictionaries; errors as in `read_sections`."""
+    return parse_sections(Recipe, content, where=where)
+
+
+def read_sections(kind: type[S], path: str | Path) -> S:
+    """Read a YAML file whose keys are the fields of `kind`.
 
     Raises:
         RecipeError: no such file, not YAML, an unknown key (names the nearest), a missing or impossible value.
@@ -234,16 +308,16 @@ def load_recipe(path: str | Path) -> Recipe:
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"recipe {path} holds {type(content).__name__}, not keys such as {_keys(Recipe)}")
-    return parse_recipe(content, where=str(path))
+        raise RecipeError(f"recipe {path} holds {type(content).__name__}, not keys such as {_keys(kind)}")
+    return parse_sections(kind, content, where=str(path))
 
 
-def parse_recipe(content: dict[str, Any], *, where: str = "recipe") -> Recipe:
-    """Check a recipe given as nested dictionaries; errors as in `load_recipe`."""
+def parse_sections(kind: type[S], content: dict[str, Any], *, where: str) -> S:
+    """Check nested dictionaries whose keys are the fields of `kind`; errors as in `read_sections`."""
     try:
-        return Recipe.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
-        problems = [_describe(problem) for problem in error.errors()]
+        problems = [_describe(kind, problem) for problem in error.errors()]
         raise RecipeError("\n".join([f"{where}:", *(f"  {p}" for p in problems)])) from error
 
 
@@ -259,14 +333,14 @@ def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tupl
         yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
 
 
-def _describe(problem: Any) -> str:
+def _describe(kind: type[BaseModel], problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        section: type[BaseModel] | None = Recipe
+        section: type[BaseModel] | None = kind
         for part in problem["loc"][:-1]:
             if section is not None and isinstance(part, str) and part in section.model_fields:
                 section = _section(section.model_fields[part].annotation)
-        known = list((section or Recipe).model_fields)
+        known = list((section or kind).model_fields)
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {key!r}; {hint}"
@@ -282,9 +356,13 @@ def _keys(section: type[BaseModel]) -> str:
     return ", ".join(section.model_fields)
 
 
+def _names(config: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
+
+
 def _section(annotation: Any) -> type[BaseModel] | None:
-    if _is_list(annotation):
-        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) in (list, dict):
+        annotation = typing.get_args(annotation)[-1]
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 

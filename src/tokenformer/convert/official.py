@@ -182,6 +182,8 @@ def check_expressible(config: TokenformerConfig) -> None:
         reasons.append("its projections have biases")
     if config.use_parallel_residual:
         reasons.append("its attention and feed-forward run in parallel")
+    if config.use_qk_norm:
+        reasons.append("its queries and keys are normalised")
     for group in config.token_groups or []:
         if group.get("routed"):
             reasons.append(f"its token group {group['name']!r} is routed")

@@ -111,6 +111,8 @@ def grow_operation(
             f"a {config.model_type!r} model has no parameter tokens of the kind {', '.join(foreign)}: its are the "
             f"neurons of its MLP, {', '.join(fields)}"
         )
+    if not getattr(config, row.depth):
+        raise GrowthError("a model without blocks has nothing to grow from")
     groups = token_groups(config)
     current = {field: _current(config, groups, field, ours) for field, ours in fields.items()}
     target = {field: resolve_amount(asked.get(field), current[field], what=field) for field in fields}
@@ -194,13 +196,12 @@ def _new_tokens(
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    wang_std = 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
     keys, values = draw_tokens(
         config.hidden_size,
         config.hidden_size,
         count,
         zero=zero,
-        std=wang_std if zero == "keys" else config.initializer_range,
+        std=config.value_std if zero == "keys" else config.initializer_range,
         generator=generator,
         device=device,
         dtype=dtype,

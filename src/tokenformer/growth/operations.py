@@ -69,6 +69,8 @@ def apply(model: Any, operation: Operation) -> None:
             for module in block.modules():
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = i
+                if hasattr(module, "config"):
+                    module.config = model.config  # a copied block brought a copy
         base.set_submodule(row.blocks, nn.ModuleList(blocks))
     model.config.__dict__.update(operation.config.__dict__)
     for block, token_map in places(model.config):

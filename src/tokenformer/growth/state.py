@@ -135,13 +135,15 @@ def _move_map_states(
         for group in listed
         if before + part.own.format(group=group) in states
     }
+    # Of several optimizers, where groups were trained by different ones; Muon's has no step.
     moments = {moment for state in found.values() for moment in state if moment != "step"}
     for moment in moments:
+        having = {place: state for place, state in found.items() if moment in state}
         groups: Groups = {}
-        for part in {part for _, part in found}:
-            like = next(state[moment] for (_, p), state in found.items() if p == part)
+        for part in {part for _, part in having}:
+            like = next(state[moment] for (_, p), state in having.items() if p == part)
             for group in (g for g in token_groups(config) if count_of(g, token_map.projection, source)):
-                had = found.get((group["name"], part))
+                had = having.get((group["name"], part))
                 shape = [
                     count_of(group, token_map.projection, source) if a == part.axis else n
                     for a, n in enumerate(like.shape)
@@ -152,12 +154,14 @@ def _move_map_states(
             for part in token_map.parts:
                 if part.tensor not in tensors:
                     continue
-                steps = {g: s["step"] for (g, p), s in found.items() if p == part}
-                if not steps or (name not in steps and not tensors[part.tensor].any()):
+                of_part = {g: s for (g, p), s in having.items() if p == part}
+                if not of_part or (name not in of_part and not tensors[part.tensor].any()):
                     continue
                 state = moved.setdefault(after + part.own.format(group=name), {})
                 state[moment] = tensors[part.tensor]
-                state["step"] = steps[name] if name in steps else max(steps.values(), key=float)
+                steps = {g: s["step"] for g, s in of_part.items() if "step" in s}
+                if steps:
+                    state["step"] = steps[name] if name in steps else max(steps.values(), key=float)
 
 
 def shared_differences(

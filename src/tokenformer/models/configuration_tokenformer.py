@@ -3,6 +3,7 @@
 No postponed annotations here: `strict` would then leave the types of the fields unchecked.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,10 +60,12 @@ class TokenformerConfig(PreTrainedConfig):
         token_group_norm: `joint` or `per_group`: what the scores of a group are normalised with.
         pattention_bias: whether every key and every projection's output has a bias.
         use_parallel_residual: whether attention and feed-forward both read the block's input, as in GPT-NeoX.
+        use_qk_norm: whether each head's query and key are divided by their root mean square, without parameters.
         pattention_eps: added to the squared norm of the scores.
         layer_norm_eps: of the parameter-free norms in the blocks and of the final norm.
-        initializer_range: standard deviation of new keys, embeddings and query, key, value linear maps. Values and the
-            other linear maps take 2 / (num_hidden_layers · √hidden_size), officially "wang_init".
+        initializer_range: standard deviation of new keys, embeddings and query, key, value linear maps. The other
+            linear maps take 2 / (num_hidden_layers · √hidden_size), officially "wang_init".
+        value_initializer_range: standard deviation of new values, at creation and by growth. Default: "wang_init", too.
         max_position_embeddings: longest context in text tokens.
         rope_parameters: transformers' rotary settings; default base 10000 on the first quarter of each head.
         frozen: parts that training leaves alone: token groups, "embedding", "final_norm", "linear_maps".
@@ -98,9 +101,11 @@ class TokenformerConfig(PreTrainedConfig):
     token_group_norm: str = "joint"
     pattention_bias: bool = False
     use_parallel_residual: bool = False
+    use_qk_norm: bool = False
     pattention_eps: float = DEFAULT_EPS
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+    value_initializer_range: float | None = None
     max_position_embeddings: int = 2048
     rope_parameters: RopeParameters | dict | None = None
     use_cache: bool = True
@@ -145,6 +150,11 @@ class TokenformerConfig(PreTrainedConfig):
             )
         check_choice("norm_activation_type", self.norm_activation_type, NORM_ACTIVATION_TYPES)
         check_choice("token_group_norm", self.token_group_norm, TOKEN_GROUP_NORMS)
+        if self.value_initializer_range is not None and self.value_initializer_range <= 0:
+            raise ValueError(
+                f"value_initializer_range is {self.value_initializer_range}; it must be positive, for growth adds zero "
+                "keys, and beside zero values they would never learn"
+            )
         assert self.token_groups is not None and self.linear_projections is not None
         names = [group["name"] for group in self.token_groups]
         if len(set(names)) < len(names):
@@ -177,6 +187,16 @@ class TokenformerConfig(PreTrainedConfig):
         self.rope_parameters.setdefault("partial_rotary_factor", kwargs.pop("partial_rotary_factor", 0.25))
         self.standardize_rope_params()
         return kwargs
+
+    @property
+    def wang_std(self) -> float:
+        """Standard deviation of new linear maps whose outputs are added to the residual stream."""
+        return 2 / (self.num_hidden_layers * math.sqrt(self.hidden_size))
+
+    @property
+    def value_std(self) -> float:
+        """Standard deviation of new values."""
+        return self.wang_std if self.value_initializer_range is None else self.value_initializer_range
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:

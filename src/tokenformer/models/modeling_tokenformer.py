@@ -6,10 +6,10 @@ Rotary embedding and eager attention are GPT-NeoX's own, which the official code
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -34,7 +34,6 @@ from .pattention import Gate, Pattention, reset_linear
 def make_pattention(config: TokenformerConfig, projection: str, layer_idx: int) -> Pattention:
     """Make one D to D map of `projection` ("qkv", "output" or "ffn") with the groups block `layer_idx` has there."""
     assert config.token_groups is not None and config.linear_projections is not None
-    wang_std = 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
     layer = Pattention(
         config.hidden_size,
         config.hidden_size,
@@ -46,8 +45,8 @@ def make_pattention(config: TokenformerConfig, projection: str, layer_idx: int) 
         bias=config.pattention_bias,
         token_group_norm=config.token_group_norm,
         key_std=config.initializer_range,
-        value_std=wang_std,
-        linear_std=config.initializer_range if projection == "qkv" else wang_std,
+        value_std=config.value_std,
+        linear_std=config.initializer_range if projection == "qkv" else config.wang_std,
     )
     for group in config.token_groups:
         if group.get("routed") and group["name"] in layer.groups:
@@ -85,6 +84,9 @@ class TokenformerAttention(nn.Module):
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        if self.config.use_qk_norm:
+            # On GPUs autocast widens norms to float32; not every attention takes that beside narrower values.
+            query, key = (self._norm(x).to(value.dtype) for x in (query, key))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -102,6 +104,9 @@ class TokenformerAttention(nn.Module):
                 "tensor parallel size to 1"
             )
         return self.o_proj(output), weights
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.head_dim,), eps=self.config.layer_norm_eps)
 
 
 class TokenformerDecoderLayer(GradientCheckpointingLayer):
