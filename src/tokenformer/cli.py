@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from .cli_compare import comparisons
 from .cli_groups import Checkpoint, Force, Output, groups, rewriting
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 converters = typer.Typer(help="Other formats' checkpoints into ours, and back.", no_args_is_help=True)
 app.add_typer(converters, name="convert")
 app.add_typer(groups)
+app.add_typer(comparisons)
 Keep = Annotated[float, typer.Option(help="Share of each token group to load, of a sliced checkpoint.")]
 
 

@@ -27,6 +27,46 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
+class ComparisonDisplay:
+    """Call it with the events of `compare`; use it as a context manager around the call."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar = Progress(
+            TextColumn("comparing"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.task = self.bar.add_task("", total=None)
+
+    def __enter__(self) -> ComparisonDisplay:
+        """Start drawing."""
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave the last state on the screen."""
+        self.bar.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show one event."""
+        if event["event"] == "progress":
+            self.bar.update(self.task, completed=event["done"], total=event["total"])
+        elif event["event"] == "run":
+            found = event["bits_per_byte"]
+            result = "diverged" if found is None else f"{found:.4f} bits/byte"
+            self.console.print(
+                f"{event['purpose']:6}  {event['arm']}, seed {event['seed']}, rate {event['learning_rate']:g}, "
+                f"budget {event['budget']:g}: {result}",
+                markup=False,
+                highlight=False,
+            )
+
+
 class TrainingDisplay:
     """Call it with the events of `train`; use it as a context manager around the call."""
 

@@ -1,0 +1,152 @@
+"""What an arm is made of: models from configurations, and runs cut into segments that are trained once.
+
+A run is an arm with a seed, a learning rate and a budget. With the warm-up–stable–decay schedule all budgets of an arm
+share a trunk at constant learning rate; each has its own decay, which branches off. A segment's identity is everything
+that decides its weights, so that what two runs have in common, across budgets and across arms, is one segment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from ..data import TextData
+from ..errors import RecipeError
+from ..recipe import model_config
+from .recipe import Arm, ArmStage, CompareRecipe
+
+Phase = Literal["hold", "fall", "cosine"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """An arm with a seed, a peak learning rate and a budget."""
+
+    arm: str
+    seed: int
+    learning_rate: float
+    budget: float
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of training in which nothing changes but the weights.
+
+    Attributes:
+        parent: the segment before it, or None at the beginning.
+        arm: the first arm it belongs to; others that begin alike share it.
+        seed: of weights and of the order of text.
+        learning_rate: the peak.
+        growth: how it begins, if the model grows here.
+        frozen: what does not train.
+        start, end: what has been spent, in the recipe's unit.
+        phase: hold the learning rate (after the warm-up), let it fall to zero, or one cosine.
+    """
+
+    recipe: CompareRecipe
+    parent: Segment | None
+    arm: str
+    seed: int
+    learning_rate: float
+    growth: ArmStage | None
+    frozen: tuple[str, ...]
+    start: float
+    end: float
+    phase: Phase
+
+    @cached_property
+    def id(self) -> str:
+        """Digest of everything that decides the weights at its end."""
+        training = self.recipe.training_of(self.arm).model_dump(exclude_defaults=True)
+        facts = {
+            "parent": self.parent.id if self.parent else None,
+            "model": None if self.parent else self.recipe.arms[self.arm].model,
+            "data": self.recipe.data.model_dump(exclude_defaults=True),
+            "training": {**training, "learning_rate": self.learning_rate, "decay": None},
+            "warmup": self.recipe.budgets[0],
+            "equal": self.recipe.equal,
+            "seed": self.seed,
+            "growth": self.growth.model_dump(exclude={"at", "frozen"}, exclude_none=True) if self.growth else None,
+            "frozen": self.frozen,
+            "until": [self.start, self.end, self.phase],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def rate(self, step: int, *, steps: int, per_step: float) -> float:
+        """Return the learning rate of step `step` (from 0) of `steps` that cost `per_step` each."""
+        warmup = self.recipe.training_of(self.arm).warmup
+        if self.phase == "fall":
+            return self.learning_rate * (1 - step / steps)
+        rise = warmup * (self.recipe.budgets[0] if self.phase == "hold" else self.end - self.start)
+        spent = step * per_step + (self.start if self.phase == "hold" else 0.0)
+        if spent < rise:
+            return self.learning_rate * (spent + per_step) / (rise + per_step)
+        if self.phase == "hold":
+            return self.learning_rate
+        return cosine(self.learning_rate, spent - rise, self.end - self.start - rise)
+
+
+def segments(recipe: CompareRecipe, run: Run) -> list[Segment]:
+    """Cut a run into its segments, in order; `at` points beyond the end of its trunk are not reached."""
+    arm, training = recipe.arms[run.arm], recipe.training_of(run.arm)
+    growths = {stage.at: stage for stage in arm.stages}
+    decay = training.decay if training.schedule == "wsd" else 0.0
+    trunk_end = run.budget * (1 - decay)
+    cuts = {at for at in growths if at < trunk_end}
+    if training.schedule != "cosine":
+        cuts |= {end for budget in recipe.budgets if (end := budget * (1 - decay)) < trunk_end}
+    bounds: list[tuple[float, Phase]] = [(cut, "hold") for cut in [*sorted(cuts), trunk_end]]
+    if training.schedule == "cosine":
+        bounds = [(cut, "cosine") for cut, _ in bounds]
+    elif decay:
+        bounds.append((run.budget, "fall"))
+    found: list[Segment] = []
+    frozen: tuple[str, ...] = ()
+    start = 0.0
+    for end, phase in bounds:
+        growth = growths.get(start)
+        frozen = tuple(growth.frozen) if growth else frozen
+        parent = found[-1] if found else None
+        found.append(Segment(recipe, parent, run.arm, run.seed, run.learning_rate, growth, frozen, start, end, phase))
+        start = end
+    return found
+
+
+def tuning_runs(recipe: CompareRecipe, arm: str) -> list[Run]:
+    """Return the runs that find an arm's learning rate: none where there is only one to try."""
+    rates = recipe.learning_rates if len(recipe.learning_rates) > 1 else []
+    return [Run(arm, recipe.seeds[0], rate, recipe.tuning_budget) for rate in rates]
+
+
+def final_runs(recipe: CompareRecipe, arm: str, learning_rate: float) -> list[Run]:
+    """Return the runs that are reported: every seed with every budget."""
+    return [Run(arm, seed, learning_rate, budget) for seed in recipe.seeds for budget in recipe.budgets]
+
+
+def first_config(arm: Arm, data: TextData, *, context: int, where: str) -> Any:
+    """Return the configuration of an arm's first model.
+
+    Raises:
+        RecipeError: an unknown architecture, a field that it does not have, or sizes that make no model.
+    """
+    end = data.tokenizer.eos_token_id
+    try:
+        return model_config(
+            arm.model,
+            vocab_size=len(data.tokenizer),
+            max_position_embeddings=context,
+            tie_word_embeddings=True,
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+    except ValueError as error:
+        raise RecipeError(f"{where}.model: {error}") from error
+
+
+def cosine(peak: float, done: float, total: float) -> float:
+    """Return the learning rate at `done` of `total`, on the cosine from `peak` to a tenth of it (paper's schedule)."""
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done / total))))

@@ -1,0 +1,246 @@
+"""What the lines of a comparison say: runs by arm, budget and seed, who is best, who beats whom, what is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..errors import EvaluationError, RecipeError
+from ..recipe import parse_sections
+from .page import scientific
+from .recipe import CompareRecipe
+from .results import MAY_GAIN, Line
+from .statistics import Estimate, Verdict, estimate, holm, paired_difference, reached, verdict
+
+_UNITS = {"training_flops": "training FLOPs", "text_tokens": "text tokens", "seconds": "seconds of training"}
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """An arm against another at one budget."""
+
+    difference: Estimate
+    p: float | None
+    """Corrected by Holm's method; None with fewer than two common seeds."""
+    verdict: Verdict
+
+    def __str__(self) -> str:
+        sign = "+" if self.difference.mean > 0 else ""
+        return f"{sign}{self.difference}".replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What an arm spends until it is as good as another at the end of its largest budget."""
+
+    flops: float
+    """Training FLOPs, all stages."""
+    ratio: float
+    """To what the other spends."""
+    by_seed: list[float]
+    """The same ratio for each seed on its own that gets there."""
+    at_once: bool
+    """It is as good at its smallest budget already, so that it may need less."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A comparison's results, complete or not.
+
+    Attributes:
+        begun: the recipe lines by date, from one machine or several; the last one holds.
+        finals: runs that are reported, by arm and budget, then by seed.
+        tunings: runs that tried a learning rate, by arm.
+        diverged: final runs without finite bits per byte; in none of the above.
+    """
+
+    recipe: CompareRecipe
+    begun: list[Line]
+    finals: dict[tuple[str, float], dict[int, Line]]
+    tunings: dict[str, list[Line]]
+    diverged: list[Line]
+
+    @classmethod
+    def of(cls, lines: Sequence[Line]) -> Findings:
+        """Sort the lines of a results file.
+
+        Raises:
+            RecipeError: no recipe among them, one that makes no sense, those of several comparisons, or an unknown arm.
+            EvaluationError: no final run is there yet.
+        """
+        begun = sorted((line for line in lines if line.get("event") == "recipe"), key=lambda line: line["date"])
+        if not begun:
+            raise RecipeError(
+                f"there is no recipe among these {len(lines)} lines; a report needs the results.jsonl that "
+                "`tokenformer compare` writes"
+            )
+        rules = [{field: value for field, value in line["recipe"].items() if field not in MAY_GAIN} for line in begun]
+        if any(stated != rules[-1] for stated in rules):
+            raise RecipeError(
+                "these lines are of several comparisons: their recipes differ in more than "
+                f"{', '.join(MAY_GAIN)}; report each by itself"
+            )
+        recipe = parse_sections(CompareRecipe, begun[-1]["recipe"], where="the recipe in the results")
+        finals: dict[tuple[str, float], dict[int, Line]] = {}
+        tunings: dict[str, list[Line]] = {arm: [] for arm in recipe.arms}
+        diverged = []
+        for line in (line for line in lines if line.get("event") == "run"):
+            if line["arm"] not in recipe.arms:
+                raise RecipeError(
+                    f"a run of {line['arm']!r} is in the results; their recipe has {', '.join(recipe.arms)}"
+                )
+            if line["purpose"] == "tuning":
+                tunings[line["arm"]].append(line)
+            elif line["bits_per_byte"] is not None and math.isfinite(line["bits_per_byte"]):
+                finals.setdefault((line["arm"], line["budget"]), {})[line["seed"]] = line
+            else:
+                diverged.append(line)
+        if not finals:
+            raise EvaluationError(
+                f"nothing to report yet: none of {len(recipe.arms)} arms has finished a final run; go on with "
+                "`tokenformer compare`"
+            )
+        return cls(recipe, begun, finals, tunings, diverged)
+
+    @cached_property
+    def budgets(self) -> list[float]:
+        """Budgets with results, smallest first."""
+        return sorted({budget for _, budget in self.finals})
+
+    @cached_property
+    def last(self) -> float:
+        """The budget that decides: the largest that all arms with results have, or the largest if there is none."""
+        shared = [budget for budget in self.budgets if len(self.ranking(budget)) == len(self.arms)]
+        return (shared or self.budgets)[-1]
+
+    @property
+    def unit(self) -> str:
+        """What budgets are counted in."""
+        return _UNITS[self.recipe.equal]
+
+    def at(self, budget: float) -> str:
+        """Write a budget with its unit."""
+        return f"{scientific(budget)} {self.unit}"
+
+    def ranking(self, budget: float) -> list[str]:
+        """Return the arms with results at a budget, best mean first."""
+        there = [arm for arm in self.recipe.arms if (arm, budget) in self.finals]
+        return sorted(there, key=lambda arm: self.score(arm, budget).mean)
+
+    def values(self, arm: str, budget: float, field: str = "bits_per_byte") -> dict[int, float]:
+        """Return a field of an arm's final runs at a budget, by seed; empty if there are none."""
+        return {seed: line[field] for seed, line in sorted(self.finals.get((arm, budget), {}).items())}
+
+    def mean(self, arm: str, budget: float, field: str) -> float:
+        """Return the mean of a field over an arm's seeds."""
+        return _mean(list(self.finals[arm, budget].values()), field)
+
+    def score(self, arm: str, budget: float) -> Estimate:
+        """Return an arm's bits per byte at a budget."""
+        return estimate(list(self.values(arm, budget).values()), confidence=self.recipe.rules.confidence)
+
+    def runs(self, arm: str) -> list[Line]:
+        """Return an arm's final runs at the largest budget it has, by seed."""
+        return [line for _, line in sorted(self.finals[arm, self.budgets_of(arm)[-1]].items())]
+
+    @cached_property
+    def arms(self) -> list[str]:
+        """Arms with results, in the recipe's order."""
+        return [arm for arm in self.recipe.arms if any(arm == name for name, _ in self.finals)]
+
+    def grown(self, arm: str) -> bool:
+        """Tell whether an arm is meant to grow."""
+        return bool(self.recipe.arms[arm].stages)
+
+    def best(self, budget: float, *, grown: bool) -> str | None:
+        """Return the arm with the best mean at a budget among those that grow, or those that never do."""
+        return next((arm for arm in self.ranking(budget) if self.grown(arm) == grown), None)
+
+    def own_base(self, arm: str) -> str | None:
+        """Return the never-grown arm that begins with the same model as this one: simply trained on."""
+        model = self.recipe.arms[arm].model
+        return next(
+            (a for a in self.arms if not self.grown(a) and a != arm and self.recipe.arms[a].model == model), None
+        )
+
+    def budgets_of(self, arm: str) -> list[float]:
+        """Return the budgets that an arm has results at, smallest first."""
+        return [budget for budget in self.budgets if (arm, budget) in self.finals]
+
+    def curve(self, arm: str, field: str = "training_flops", *, seed: int | None = None) -> list[tuple[float, float]]:
+        """Return the decayed ends of an arm's runs, (`field`, bits per byte) by rising budget: means, or one seed's."""
+        kept = {
+            budget: [line for s, line in sorted(self.finals[arm, budget].items()) if seed in (None, s)]
+            for budget in self.budgets_of(arm)
+        }
+        return [(_mean(lines, field), _mean(lines, "bits_per_byte")) for lines in kept.values() if lines]
+
+    def contrasts(self, budget: float, other: str) -> dict[str, Contrast]:
+        """Compare every arm at a budget with one of them, over common seeds, best first.
+
+        Comparisons with the reference are a family of their own for Holm's correction: those with another arm take over
+        what it says of that arm and the reference, so that a pair has one p value.
+        """
+        rules, against = self.recipe.rules, self.values(other, budget)
+        found = {
+            arm: paired_difference(self.values(arm, budget), against, confidence=rules.confidence)
+            for arm in self.ranking(budget)
+            if arm != other
+        }
+        tested = {arm: difference.p for arm, difference in found.items() if difference.p is not None}
+        taken_over = tested.pop(rules.reference, None) is not None
+        p: dict[str, float | None] = dict(zip(tested, holm(list(tested.values())), strict=True))
+        if taken_over:
+            p[rules.reference] = self.contrasts(budget, rules.reference)[other].p
+        return {
+            arm: Contrast(
+                difference,
+                p.get(arm),
+                verdict(arm, other, difference, p=p.get(arm), threshold=rules.threshold, confidence=rules.confidence),
+            )
+            for arm, difference in found.items()
+        }
+
+    def saving(self, arm: str, target: str) -> Saving | None:
+        """Return what an arm spends until it is as good as `target` in the end; None if it never is."""
+        flops, goal = self.curve(target)[-1]
+        spent = reached(self.curve(arm), goal)
+        if spent is None:
+            return None
+        ratios = []
+        for seed in self.recipe.seeds:
+            ends, curve = self.curve(target, seed=seed), self.curve(arm, seed=seed)
+            there = reached(curve, ends[-1][1]) if ends else None
+            ratios += [there / ends[-1][0]] if there else []
+        return Saving(spent, spent / flops, ratios, spent == self.curve(arm)[0][0])
+
+    def missing(self) -> list[str]:
+        """Say which final runs the recipe asks for and the results do not have, and which diverged."""
+        said = []
+        ended = {(line["arm"], line["budget"], line["seed"]) for line in self.diverged}
+        ended |= {(*place, seed) for place, runs in self.finals.items() for seed in runs}
+        for arm in self.recipe.arms:
+            gaps = {
+                budget: [seed for seed in self.recipe.seeds if (arm, budget, seed) not in ended]
+                for budget in self.recipe.budgets
+            }
+            count = sum(map(len, gaps.values()))
+            if count:
+                where = "; ".join(
+                    f"{scientific(budget)}: seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+                    for budget, seeds in gaps.items()
+                    if seeds
+                )
+                said.append(f"{arm} lacks {count} of {len(gaps) * len(self.recipe.seeds)} runs ({where}).")
+        for line in self.diverged:
+            said.append(
+                f"{line['arm']} diverged with seed {line['seed']} and budget {scientific(line['budget'])}: its mean is "
+                "over the others, which flatters it."
+            )
+        return said
+
+
+def _mean(lines: Sequence[Line], field: str) -> float:
+    return math.fsum(line[field] for line in lines) / len(lines)

@@ -1,0 +1,212 @@
+"""A page of blocks, written as self-contained HTML and as Markdown. All text is data: nothing in it is markup."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+_NUMBER = re.compile(r"([−+]|[<≤] )?\d[^a-z]*|–|not reached")
+_STYLE = """\
+:root{color-scheme:light dark;--ink:#1b1f24;--paper:#fff;--faint:#667080;--line:#d9dee5;--shade:#f4f6f8;--mark:#0b6bcb}
+@media screen and (prefers-color-scheme:dark){
+:root{--ink:#e4e7eb;--paper:#14171a;--faint:#9aa4b0;--line:#333a42;--shade:#1d2126;--mark:#6cb2ff}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:1.5rem 1rem 4rem;max-width:78rem;background:var(--paper);color:var(--ink);
+font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;overflow-wrap:break-word}
+h1{font-size:1.7rem;line-height:1.25;margin:.5rem 0}
+h2{font-size:1.25rem;margin:2.6rem 0 .6rem;padding-top:.7rem;border-top:1px solid var(--line)}
+h3{font-size:1.02rem;margin:1.5rem 0 .3rem}
+p,ul{max-width:46rem;margin:.5rem 0}
+ul{padding-left:1.2rem}li{margin:.2rem 0}
+a{color:var(--mark)}
+.lead{font-size:1.15rem;border-left:4px solid var(--mark);padding:.1rem 0 .1rem .9rem;margin:1rem 0}
+nav{font-size:.9rem;color:var(--faint)}nav a{margin-right:.9rem;white-space:nowrap}
+.wide{overflow-x:auto;margin:.8rem 0}
+table{border-collapse:collapse;font-size:.86rem;line-height:1.35;font-variant-numeric:tabular-nums}
+th,td{padding:.3rem .65rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
+th{vertical-align:bottom;font-weight:600;color:var(--faint)}
+td.n,th.n{text-align:right;white-space:nowrap}
+td:first-child,th:first-child{position:sticky;left:0;background:var(--paper);min-width:11rem;max-width:16rem;
+overflow-wrap:anywhere}
+td{white-space:nowrap}td.long,td:first-child{white-space:normal}td.long{min-width:15rem}
+tr.mark td{background:var(--shade)}
+caption,figcaption{caption-side:top;text-align:left;font-size:.86rem;color:var(--faint);padding:.2rem 0}
+figure{margin:1.2rem 0}figure img{display:block;width:100%;min-width:40rem;height:auto}
+pre{background:var(--shade);padding:.8rem 1rem;overflow-x:auto;font-size:.8rem;line-height:1.4;border-radius:6px}
+@media (max-width:40rem){td:first-child,th:first-child{min-width:7rem;max-width:9rem}}
+@media print{body{max-width:none;padding:0;font-size:10pt}nav{display:none}figure img{min-width:0}
+.wide{overflow:visible}table{font-size:7.5pt}th,td{padding:.15rem .3rem}td{white-space:normal}td.long{min-width:0}
+pre{white-space:pre-wrap}figure,tr{break-inside:avoid}h2,h3{break-after:avoid}td:first-child,th:first-child{position:static}}"""
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading of level 2 or 3."""
+
+    text: str
+    level: int = 2
+
+    def html(self) -> str:
+        """As HTML."""
+        return f'<h{self.level} id="{anchor(self.text)}">{escape(self.text)}</h{self.level}>'
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        return f"{'#' * self.level} {plain(self.text)}"
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Running text; `lead` is the one to read if only one is read."""
+
+    text: str
+    lead: bool = False
+
+    def html(self) -> str:
+        """As HTML."""
+        return f"<p{_class('lead' if self.lead else '')}>{shown(self.text)}</p>"
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        return f"**{plain(self.text)}**" if self.lead else plain(self.text)
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list."""
+
+    items: Sequence[str]
+
+    def html(self) -> str:
+        """As HTML."""
+        return f"<ul>{''.join(f'<li>{shown(item)}</li>' for item in self.items)}</ul>"
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        return "\n".join(f"- {plain(item)}" for item in self.items)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a head; columns of numbers are aligned right, rows that begin with one of `marked` are shaded."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    marked: Sequence[str] = field(default=())
+
+    def _numeric(self) -> list[bool]:
+        return [all(_NUMBER.fullmatch(row[i]) for row in self.rows) for i in range(len(self.head))]
+
+    def html(self) -> str:
+        """As HTML."""
+        kinds = ["n" if numeric else "" for numeric in self._numeric()]
+        head = "".join(f"<th{_class(kind)}>{shown(cell)}</th>" for cell, kind in zip(self.head, kinds, strict=True))
+        rows = [
+            f"<tr{_class('mark' if row[0] in self.marked else '')}>"
+            + "".join(
+                f"<td{_class(kind or ('long' if len(cell) > 40 else ''))}>{shown(cell)}</td>"
+                for cell, kind in zip(row, kinds, strict=True)
+            )
+            for row in self.rows
+        ]
+        return (
+            f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n'
+            + "\n".join(f"{row}</tr>" for row in rows)
+            + "\n</tbody></table></div>"
+        )
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        rule = ["--:" if n else "---" for n in self._numeric()]
+        rows = [[plain(cell) for cell in row] for row in (self.head, *self.rows)]
+        return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure: in the page as SVG, beside the Markdown as the file `name`.png."""
+
+    name: str
+    caption: str
+    svg: bytes
+    png: bytes
+
+    def html(self) -> str:
+        """As HTML."""
+        data, caption = base64.b64encode(self.svg).decode(), escape(self.caption)
+        return (
+            f'<figure><div class="wide"><img alt="{caption}" src="data:image/svg+xml;base64,{data}"></div>'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        return f"![{plain(self.caption)}]({self.name}.png)"
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text as it stands."""
+
+    text: str
+
+    def html(self) -> str:
+        """As HTML."""
+        return f"<pre>{escape(self.text)}</pre>"
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        return "\n".join(f"    {line}" for line in self.text.splitlines())
+
+
+Block = Heading | Paragraph | Bullets | Table | Picture | Code
+
+
+def html_page(title: str, blocks: Sequence[Block]) -> str:
+    """Write a whole page that needs nothing from elsewhere."""
+    sections = [b.text for b in blocks if isinstance(b, Heading) and b.level == 2]
+    nav = "".join(f'<a href="#{anchor(text)}">{escape(text)}</a> ' for text in sections)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
+        f"<style>\n{_STYLE}\n</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n<nav>{nav}</nav>\n"
+        + "\n".join(block.html() for block in blocks)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def markdown_page(title: str, blocks: Sequence[Block]) -> str:
+    """Write a whole page as Markdown (GitHub's tables)."""
+    return "\n\n".join([f"# {plain(title)}", *(block.markdown() for block in blocks)]) + "\n"
+
+
+def scientific(value: float) -> str:
+    """Write a number as 1.6·10¹²; as it is below a million."""
+    if abs(value) < 1e6:
+        return f"{value:,.0f}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    shown = mantissa.rstrip("0").rstrip(".")
+    power = "10" + str(int(exponent)).translate(str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"))
+    return power if shown == "1" else f"{shown}·{power}"
+
+
+def plain(text: str) -> str:
+    """Write text so that Markdown shows it as it is, on one line."""
+    return re.sub(r"([\\`*<|\[\]])", r"\\\1", re.sub(r"\s+", " ", text))
+
+
+def shown(text: str) -> str:
+    """Write text so that HTML shows it as it is; a number keeps its interval on the same line."""
+    return escape(text).replace(" ± ", "&nbsp;±&nbsp;")
+
+
+def anchor(text: str) -> str:
+    """Return a heading's place in the page."""
+    return re.sub(r"\W+", "-", text.lower()).strip("-")
+
+
+def _class(name: str) -> str:
+    return f' class="{name}"' if name else ""

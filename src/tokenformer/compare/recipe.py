@@ -1,0 +1,133 @@
+"""Comparison recipes: which models, grown how, at which equal cost, and by which rules it is decided.
+
+Everything is stated before the first run; `tokenformer compare` refuses to go on with other rules.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ..growth.grow import Amount
+from ..recipe import DataSection, Section, TrainingSection, parse_sections, read_sections
+from .methods import METHODS
+
+Unit = Literal["training_flops", "text_tokens", "seconds"]
+
+
+class ArmStage(Section):
+    """One growth of an arm."""
+
+    at: float = Field(gt=0)
+    """What has been spent by then, all earlier stages included, in the unit of `equal`."""
+    method: str = "exact"
+    """How it grows: exact, random_keys, recomputed_tau, published, hyperclone, stack or random_blocks."""
+    qkv_param_tokens: Amount | None = None
+    """Parameter tokens to reach in each of query, key and value: a total, or what to add as "+256" or "+50%"."""
+    output_param_tokens: Amount | None = None
+    """Likewise in the attention's output."""
+    ffn_param_tokens: Amount | None = None
+    """Likewise in the feed-forward; an ordinary transformer's MLP neurons."""
+    num_hidden_layers: Amount | None = None
+    """Blocks to reach."""
+    factor: int | None = Field(None, gt=1)
+    """What hyperclone multiplies the width by."""
+    frozen: list[str] = Field([])
+    """What does not train from then on, as in `stages[].frozen` of a training recipe: "base" freezes the old tokens."""
+
+    @property
+    def amounts(self) -> dict[str, Any]:
+        """What the method is asked for."""
+        return self.model_dump(exclude={"at", "method", "frozen"}, exclude_none=True)
+
+    @model_validator(mode="after")
+    def _known_method(self) -> ArmStage:
+        if self.method not in METHODS:
+            raise ValueError(f"there is no way to grow called {self.method!r}; there are {', '.join(METHODS)}")
+        return self
+
+
+class Arm(Section):
+    """One contestant: a model, and how it grows."""
+
+    model: dict[str, Any]
+    """`architecture` (tokenformer, gpt_neox, …) and fields of its configuration in transformers' names; the vocabulary
+    comes from the tokenizer, the context from `training.sequence_length`, and embeddings are tied unless it says so."""
+    stages: list[ArmStage] = Field([])
+    """How it grows, in order; none: it never does."""
+    training: dict[str, Any] = Field({})
+    """Fields of `training` that are other for this arm."""
+
+
+class Rules(Section):
+    """How it is decided, stated before any run. The metric is bits per byte on held-out documents."""
+
+    reference: str
+    """Arm that all others are compared with."""
+    confidence: float = Field(0.95, gt=0, lt=1)
+    """Of every interval; comparisons with the reference are corrected by Holm's method."""
+    threshold: float = Field(0.01, ge=0)
+    """Smallest difference in bits per byte that matters."""
+    parameters_within: float | None = Field(None, gt=0)
+    """Refuse to run unless the final models' parameters are equal to the reference's up to this share."""
+
+
+class CompareRecipe(Section):
+    """A whole comparison."""
+
+    question: str
+    """What it shall answer, in a sentence."""
+    data: DataSection
+    """The text, the same for all. Half of the held-out documents tune learning rates, the others are reported on."""
+    training: TrainingSection = TrainingSection()
+    """How to train. `warmup` is a share of the smallest budget, `decay` a share of each, `threads` those of one run."""
+    equal: Unit = "training_flops"
+    """What all arms spend alike, base and every stage included: FLOPs counted by torch's flop counter, text tokens, or
+    seconds of training (measured step times of this machine)."""
+    budgets: list[float] = Field(min_length=1)
+    """What a whole run may spend, in that unit. Each is a run with its own decay; what runs share is trained once."""
+    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    """One run each: initial weights and order of the text."""
+    learning_rates: list[float] = Field(min_length=1)
+    """Peak learning rates to try; each arm takes its best."""
+    tuning_budget: float
+    """Which of the budgets learning rates are tried with, on the first seed."""
+    rules: Rules
+    """How it is decided."""
+    arms: dict[str, Arm] = Field(min_length=1)
+    """The contestants by name."""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> CompareRecipe:
+        if sorted(set(self.budgets)) != self.budgets:
+            raise ValueError(f"budgets are {self.budgets}; write each once, smallest first")
+        if self.tuning_budget not in self.budgets:
+            raise ValueError(f"tuning_budget is {self.tuning_budget:g}; it must be one of the budgets {self.budgets}")
+        if self.rules.reference not in self.arms:
+            raise ValueError(f"rules.reference is {self.rules.reference!r}; the arms are {', '.join(self.arms)}")
+        if self.data.streaming:
+            raise ValueError("data.streaming does not go with a comparison, whose arms start anywhere in the text")
+        for name, arm in self.arms.items():
+            points = [stage.at for stage in arm.stages]
+            if sorted(set(points)) != points or (points and points[-1] >= self.budgets[-1]):
+                raise ValueError(
+                    f"arms.{name}.stages grow at {points}; the points must rise and lie below {self.budgets[-1]:g}"
+                )
+            self.training_of(name)
+        return self
+
+    def training_of(self, arm: str) -> TrainingSection:
+        """Return how an arm trains.
+
+        Raises:
+            RecipeError: its changes make no sense.
+        """
+        fields = {**self.training.model_dump(exclude_unset=True), **self.arms[arm].training}
+        return parse_sections(TrainingSection, fields, where=f"arms.{arm}.training")
+
+
+def load_compare_recipe(path: str | Path) -> CompareRecipe:
+    """Read a YAML comparison recipe; errors as in `recipe.read_sections`."""
+    return read_sections(CompareRecipe, path)

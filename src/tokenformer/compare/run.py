@@ -1,0 +1,274 @@
+"""Run a comparison: segments in parallel processes, each trained once, results in one append-only file.
+
+A comparison's folder holds `results.jsonl`, the tokenizer, and `segments/ID` with the checkpoint and the log of each
+segment. Workers need no master: each takes the first segment whose parent is there and whose lock nobody holds. Locks
+are the operating system's, so that a killed worker lets go, and the next one resumes where its checkpoints end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import multiprocessing
+from transformers import AutoModelForCausalLM
+
+from .. import cost
+from ..data import halve_validation, prepare
+from ..errors import GrowthError, RecipeError, TokenformerError
+from ..growth.freeze import freeze_only
+from ..progress import quiet_libraries
+from ..stage import unfinished
+from .arms import Run, Segment, final_runs, first_config, segments, tuning_runs
+from .methods import grow_by
+from .recipe import CompareRecipe
+from .results import Line, Results
+from .segment import Text, train_segment
+
+_PAUSE = 0.5  # seconds between looks for work, where others hold all there is
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+def compare(
+    recipe: CompareRecipe,
+    folder: str | Path,
+    *,
+    name: str = "comparison",
+    workers: int | None = None,
+    on_event: OnEvent = lambda event: None,
+) -> list[Line]:
+    """Run what `folder` does not hold yet of a comparison, and return all lines of its results.
+
+    Under torchrun, and in a Slurm array, every process or job takes its share of the arms.
+
+    Args:
+        recipe: what to compare.
+        folder: where everything goes; one that holds a part of this comparison is continued.
+        name: of the comparison, for its report.
+        workers: processes. Default: one for every GPU, or for every `training.threads` cores.
+        on_event: called with every new line of results, and each second with {"event": "progress", "done", "total"}.
+
+    Raises:
+        RecipeError: the recipe makes no sense, or the folder holds another comparison.
+        DataError, TokenizerError, GrowthError, CheckpointError: from text, growing, files.
+        TokenformerError: a worker failed.
+        KeyboardInterrupt: after Ctrl-C, once the workers have saved their state.
+    """
+    run = Path(folder)
+    run.mkdir(parents=True, exist_ok=True)
+    results = Results(run)
+    text = load_text(recipe, run)
+    rehearse(recipe, text)
+    results.begin(recipe, name)
+    index, count = _share()
+    arms = list(recipe.arms)[index::count]
+    devices = _devices()
+    content = recipe.model_dump_json(exclude_unset=True)
+    context = multiprocessing.start_processes(
+        _worker,
+        (devices, content, str(run), arms),
+        workers or _default_workers(recipe, devices),
+        join=False,
+        start_method="spawn",
+    )
+    seen, ended = 0, False
+    while not ended:
+        try:
+            ended = context.join(timeout=1.0)
+        except multiprocessing.ProcessRaisedException as error:
+            raise TokenformerError(f"a worker failed: {str(error).strip().splitlines()[-1]}") from error
+        lines = results.lines()
+        for line in lines[seen:]:
+            on_event(line)
+        seen = len(lines)
+        done, total = _progress(recipe, arms, lines)
+        on_event({"event": "progress", "done": done, "total": total})
+    return lines
+
+
+def load_text(recipe: CompareRecipe, folder: Path) -> Text:
+    """Read the text and its held-out documents; one process at a time, the others find it cached."""
+    length = recipe.training.sequence_length
+    with FileLock(folder / ".text.lock"):
+        data = prepare(recipe.data, sequence_length=length, tokenizer_folder=folder / "tokenizer")
+        return Text(*halve_validation(data, sequence_length=length))
+
+
+def rehearse(recipe: CompareRecipe, text: Text) -> None:
+    """Build and grow every arm without weights: no mistake should wait behind hours of training.
+
+    Raises:
+        RecipeError: a model that cannot be made, or final parameters less equal than `rules.parameters_within` asks.
+        GrowthError: a growth that is impossible, or frozen parts that are not there.
+    """
+    sizes = {}
+    for name, arm in recipe.arms.items():
+        training = recipe.training_of(name)
+        config = first_config(arm, text.report, context=training.sequence_length, where=f"arms.{name}")
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+            for i, stage in enumerate(arm.stages):
+                try:
+                    model, _ = grow_by(model, {}, stage.method, seed=0, **stage.amounts)
+                    freeze_only(model, stage.frozen)
+                except GrowthError as error:
+                    raise GrowthError(f"arms.{name}.stages.{i}: {error}") from error
+        sizes[name] = cost.parameters(model.config)
+    within, reference = recipe.rules.parameters_within, sizes[recipe.rules.reference]
+    odd = [f"{n} {p:,}" for n, p in sizes.items() if within is not None and abs(p - reference) > within * reference]
+    if odd:
+        raise RecipeError(
+            f"rules.parameters_within asks for final parameters within {within:.1%} of those of "
+            f"{recipe.rules.reference!r}, {reference:,}; found {', '.join(odd)}: change them, or drop the rule"
+        )
+
+
+def work(recipe: CompareRecipe, folder: Path, arms: Sequence[str]) -> None:
+    """Be one worker: train segments until all runs of `arms` are there; others may work in the same folder.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once the state is saved.
+    """
+    results, text = Results(folder), load_text(recipe, folder)
+    while needed := _unfinished(recipe, arms, results.lines(), folder / "segments"):
+        if not any(_train_unless_held(segment, results, text, folder / "segments") for segment in needed):
+            time.sleep(_PAUSE)
+        results.add(*_run_lines(recipe, arms, results.lines()))
+
+
+def _worker(rank: int, devices: list[str], content: str, folder: str, arms: list[str]) -> None:
+    """Be worker `rank` in a process of its own."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)  # a worker trains alone, whoever started it
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[rank % len(devices)]
+    quiet_libraries()
+    recipe = CompareRecipe.model_validate_json(content)
+    if recipe.training.threads is not None:
+        torch.set_num_threads(recipe.training.threads)
+    try:
+        work(recipe, Path(folder), arms)
+    except KeyboardInterrupt:
+        return
+
+
+def _train_unless_held(segment: Segment, results: Results, text: Text, folder: Path) -> bool:
+    """Train a segment whose parent is there, unless another worker does; return whether it was trained."""
+    parent = segment.parent
+    folder.mkdir(exist_ok=True)
+    try:
+        with FileLock(folder / f"{segment.id}.lock", timeout=0):
+            done = _segment_lines(results.lines())
+            if _is_there(segment, done, folder) or (parent is not None and not _is_there(parent, done, folder)):
+                return False
+            results.add(train_segment(segment, done[parent.id] if parent else None, text, folder))
+            shutil.rmtree(unfinished(folder / segment.id / "checkpoint"), ignore_errors=True)
+            return True
+    except Timeout:
+        return False
+
+
+def _unfinished(recipe: CompareRecipe, arms: Sequence[str], lines: list[Line], folder: Path) -> list[Segment]:
+    """Return the segments to train, parents first; one that is there is trained again where its checkpoint is gone."""
+    done, found = _segment_lines(lines), dict[str, Segment]()
+    for run in (run for arm in arms for run, _ in _known_runs(recipe, arm, lines)):
+        needed: list[Segment] = []
+        for segment in reversed(segments(recipe, run)):
+            if segment.id in done and (not needed or _is_there(segment, done, folder)):
+                break
+            needed.insert(0, segment)
+        found |= {segment.id: segment for segment in needed}
+    return list(found.values())
+
+
+def _progress(recipe: CompareRecipe, arms: Sequence[str], lines: list[Line]) -> tuple[float, float]:
+    """Return how much of the work is done, and how much there is, in the unit of the budgets."""
+    every = dict[str, float]()
+    for arm in arms:
+        known = [run for run, _ in _known_runs(recipe, arm, lines)]
+        expected = final_runs(recipe, arm, recipe.learning_rates[0]) if len(known) == len(recipe.learning_rates) else []
+        for segment in (s for run in (*known, *expected) for s in segments(recipe, run)):
+            every[segment.id] = segment.end - segment.start
+    done = _segment_lines(lines)
+    return sum(size for name, size in every.items() if name in done), sum(every.values())
+
+
+def _known_runs(recipe: CompareRecipe, arm: str, lines: list[Line]) -> list[tuple[Run, str]]:
+    """Return an arm's runs and their purposes: those that tune it, and once they are there those that are reported."""
+    tuning = tuning_runs(recipe, arm)
+    rate = recipe.learning_rates[0]
+    if tuning:
+        tried = {
+            line["learning_rate"]: line["tuning_bits_per_byte"]
+            for line in lines
+            if line["event"] == "run" and line["purpose"] == "tuning" and line["arm"] == arm
+        }
+        if len(tried) < len(tuning):
+            return [(run, "tuning") for run in tuning]
+        rate = min(tried, key=lambda r: math.inf if tried[r] is None else tried[r])
+    return [*((run, "tuning") for run in tuning), *((run, "final") for run in final_runs(recipe, arm, rate))]
+
+
+def _run_lines(recipe: CompareRecipe, arms: Sequence[str], lines: list[Line]) -> list[Line]:
+    """Return the lines of all runs whose segments are there."""
+    done, found = _segment_lines(lines), []
+    for arm in arms:
+        for run, purpose in _known_runs(recipe, arm, lines):
+            chain = [done.get(segment.id) for segment in segments(recipe, run)]
+            if None in chain:
+                continue
+            whole = [line for line in chain if line is not None]
+            facts = ("training_flops", "text_tokens", "seconds", "parameters", "loss", "bits_per_byte", "config")
+            found.append(
+                {
+                    "event": "run",
+                    "purpose": purpose,
+                    **dataclasses.asdict(run),
+                    **{field: whole[-1][field] for field in (*facts, "tuning_bits_per_byte")},
+                    "growths": [line["growth"] for line in whole if line["growth"]],
+                    "curve": [point for line in whole for point in line["curve"]],
+                    "segments": [line["id"] for line in whole],
+                }
+            )
+    return found
+
+
+def _is_there(segment: Segment, done: dict[str, Line], folder: Path) -> bool:
+    return segment.id in done and (folder / segment.id / "checkpoint").exists()
+
+
+def _segment_lines(lines: list[Line]) -> dict[str, Line]:
+    return {line["id"]: line for line in lines if line["event"] == "segment"}
+
+
+def _share() -> tuple[int, int]:
+    """Return which share of the arms is this process's, of how many: of a Slurm array or of torchrun, else all."""
+    found = os.environ
+    if "SLURM_ARRAY_TASK_ID" in found:
+        first, count = int(found.get("SLURM_ARRAY_TASK_MIN", "0")), int(found["SLURM_ARRAY_TASK_COUNT"])
+        return (int(found["SLURM_ARRAY_TASK_ID"]) - first) // int(found.get("SLURM_ARRAY_TASK_STEP", "1")), count
+    return int(found.get("RANK", "0")), int(found.get("WORLD_SIZE", "1"))
+
+
+def _devices() -> list[str]:
+    """Return the GPUs of this process's workers, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    every = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    rank = os.environ.get("LOCAL_RANK")
+    return every if rank is None or not every else [every[int(rank) % len(every)]]
+
+
+def _default_workers(recipe: CompareRecipe, devices: list[str]) -> int:
+    if devices or "LOCAL_RANK" in os.environ:
+        return max(1, len(devices))
+    cores = os.cpu_count() or 1
+    return max(1, cores // (recipe.training.threads or cores))

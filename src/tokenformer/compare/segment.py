@@ -1,0 +1,195 @@
+"""Train one segment of a run, from its parent's checkpoint to its own; resumable like any stage."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from .. import cost
+from ..checkpoint import load_checkpoint
+from ..data import TextData
+from ..evaluate import Evaluation, evaluate
+from ..growth.freeze import freeze_only
+from ..lineage import Lineage
+from ..optimization import OptimizerState, load_states
+from ..preparation import use_bfloat16
+from ..recipe import ModelSection, Recipe, Stage, TrainingSection
+from ..stage import Log, StageRun, read_log
+from .arms import Segment, first_config
+from .budgets import cost_per_step, steps_within
+from .methods import grow_by
+from .results import Line
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text with two sets of held-out documents: to choose learning rates by, and to report on."""
+
+    tuning: TextData
+    report: TextData
+
+
+def train_segment(segment: Segment, parent: Line | None, text: Text, folder: Path) -> Line:
+    """Train `segment` in `folder`/ID and return its line for the results.
+
+    Args:
+        segment: what to train.
+        parent: the line of the segment before it.
+        text: to train and evaluate on.
+        folder: of all segments; that of the parent holds its checkpoint.
+
+    Raises:
+        GrowthError: the growth is impossible.
+        EvaluationError: FLOPs that cannot be trusted.
+        KeyboardInterrupt: after Ctrl-C, once the state is saved; the next call continues from there.
+    """
+    training, place = segment.recipe.training_of(segment.arm), folder / segment.id
+    place.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(place / "checkpoint", ignore_errors=True)  # of a worker that was killed before it could say so
+    model, states, lineage = _previous(segment, text, training, folder)
+    growth = None
+    if segment.growth is not None:
+        model, states, growth = _grow(segment, model, states, text, training)
+        growth |= {"training_flops": lineage.last.training_flops, "text_tokens": lineage.last.text_tokens_seen}
+        growth |= {"seconds": lineage.last.training_seconds}
+        lineage = lineage.then("grow", arguments={"method": growth["method"], **segment.growth.amounts})
+    freeze_only(model, list(segment.frozen))
+    per_step = _per_step(segment, model, training, place)
+    spent = parent["spent"] if parent else 0.0
+    steps = max(1, steps_within(segment.end, spent, per_step))
+    recipe = _stage_recipe(segment, training, done=lineage.last.text_tokens_seen, steps=steps)
+    stage = StageRun(
+        recipe,
+        len(recipe.stages) - 1,
+        text.report,
+        Log(place / "log.jsonl", on_event=lambda event: None, enabled=True),
+        rate=partial(segment.rate, steps=steps, per_step=per_step),
+    )
+    parameters = cost.parameters(model.config)
+    stage.run(lambda: (model, states, lineage), place / "checkpoint")
+    events = read_log(place)
+    end = next(event for event in reversed(events) if event["event"] == "end")
+    return {
+        "event": "segment",
+        "id": segment.id,
+        "parent": segment.parent.id if segment.parent else None,
+        "arm": segment.arm,
+        "seed": segment.seed,
+        "learning_rate": segment.learning_rate,
+        "phase": segment.phase,
+        "until": segment.end,
+        "steps": steps,
+        "spent": spent + steps * per_step,
+        "training_flops": end["training_flops"],
+        "text_tokens": end["text_tokens_seen"],
+        "seconds": end["seconds"],
+        "parameters": parameters,
+        "loss": _finite(end["loss"]),
+        "bits_per_byte": _finite(end["bits_per_byte"]),
+        "tuning_bits_per_byte": _finite(_evaluate(stage.model, text.tuning, training).bits_per_byte),
+        "growth": growth,
+        "curve": [_point(event) for event in events if event["event"] == "evaluation"],
+        "config": model.config.to_diff_dict(),
+    }
+
+
+def first_model(segment: Segment, text: Text, training: TrainingSection) -> Any:
+    """Make the model an arm begins with, of random weights."""
+    arm = segment.recipe.arms[segment.arm]
+    config = first_config(arm, text.report, context=training.sequence_length, where=f"arms.{segment.arm}")
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _previous(
+    segment: Segment, text: Text, training: TrainingSection, folder: Path
+) -> tuple[Any, OptimizerState, Lineage]:
+    torch.manual_seed(segment.seed)
+    if segment.parent is None:
+        return first_model(segment, text, training), {}, Lineage()
+    checkpoint = folder / segment.parent.id / "checkpoint"
+    model, _, lineage = load_checkpoint(checkpoint, dtype=torch.float32)
+    keep = training.keep_optimizer_state or segment.growth is None
+    return model, load_states(checkpoint) if keep else {}, lineage
+
+
+def _grow(
+    segment: Segment, model: Any, states: OptimizerState, text: Text, training: TrainingSection
+) -> tuple[Any, OptimizerState, Line]:
+    """Grow, and say what it did to size, loss and logits."""
+    assert segment.growth is not None
+    sample = torch.tensor(text.report.validation_blocks[:4]["input_ids"])
+    before, parameters = _evaluate(model, text.report, training), cost.parameters(model.config)
+    with torch.no_grad():
+        logits = model.eval()(sample, use_cache=False).logits
+        model, states = grow_by(
+            model, states, segment.growth.method, seed=int(segment.id, 16) % 2**31, **segment.growth.amounts
+        )
+        equal = torch.equal(model.eval()(sample, use_cache=False).logits, logits)
+    after = _evaluate(model, text.report, training)
+    return (
+        model,
+        states,
+        {
+            "method": segment.growth.method,
+            "parameters_before": parameters,
+            "parameters_after": cost.parameters(model.config),
+            "bits_per_byte_before": _finite(before.bits_per_byte),
+            "bits_per_byte_after": _finite(after.bits_per_byte),
+            "logits_equal": equal,
+        },
+    )
+
+
+def _per_step(segment: Segment, model: Any, training: TrainingSection, place: Path) -> float:
+    """Return what a step costs; a measured time is kept, so that resuming cuts the segment alike."""
+    kept = place / "per_step.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    found = cost_per_step(model, segment.recipe.equal, batch_size=training.batch_size, context=training.sequence_length)
+    kept.write_text(json.dumps(found))
+    return found
+
+
+def _stage_recipe(segment: Segment, training: TrainingSection, *, done: int, steps: int) -> Recipe:
+    """Say the segment as a stage of a training recipe, after one that saw the text so far."""
+    before = [Stage(text_tokens=done)] if done else []
+    step = training.batch_size * training.sequence_length
+    stage = Stage(text_tokens=steps * step, frozen=list(segment.frozen))
+    # Whether growth resets the optimizer was decided above; between other segments nothing is lost.
+    training = training.model_copy(update={"keep_optimizer_state": True})
+    return Recipe(
+        model=ModelSection(), data=segment.recipe.data, training=training, stages=[*before, stage], seed=segment.seed
+    )
+
+
+def _evaluate(model: Any, data: TextData, training: TrainingSection) -> Evaluation:
+    device = torch.accelerator.current_accelerator() or "cpu"
+    return evaluate(
+        model.to(device),
+        data.validation_blocks,
+        num_bytes=data.validation_bytes,
+        batch_size=training.micro_batch_size or 16,
+        dtype=torch.bfloat16 if use_bfloat16(training.precision) else None,
+    )
+
+
+def _point(event: Line) -> Line:
+    return {
+        "training_flops": event["training_flops"],
+        "text_tokens": event["text_tokens_seen"],
+        "seconds": event["seconds"],
+        "bits_per_byte": _finite(event["bits_per_byte"]),
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no number for what a diverged run measures."""
+    return value if math.isfinite(value) else None

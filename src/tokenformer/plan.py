@@ -1,0 +1,317 @@
+"""What growing step by step will cost, beside training from scratch: from sizes, text tokens and hardware alone.
+
+A YAML file is a `Plan`, field for field; recipes/plan/paper.yaml is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import Field, model_validator
+from rich import box
+from rich.table import Table
+
+from . import cost
+from .recipe import Section, model_config, read_sections
+
+
+class Device(NamedTuple):
+    """Peak of dense bfloat16 matrix products, accumulated in float32, in TFLOP/s; memory in GB of 1e9 bytes."""
+
+    peak_tflops: float
+    memory_gb: float
+
+
+# As the makers' data sheets say. NVIDIA's print twice the TFLOP/s "with sparsity" from Hopper and Ada on.
+DEVICES = {
+    "a100-40": Device(312, 40),  # NVIDIA A100 data sheet
+    "a100-80": Device(312, 80),
+    "h100": Device(989, 80),  # NVIDIA H100 data sheet, SXM
+    "h200": Device(989, 141),  # NVIDIA H200 data sheet, SXM
+    "l40s": Device(362, 48),  # NVIDIA L40S data sheet
+    "rtx-4090": Device(165, 24),  # NVIDIA Ada GPU architecture white paper, appendix A
+    "mi300x": Device(1307, 192),  # AMD Instinct MI300X data sheet
+    "tpu-v4": Device(275, 34.4),  # a chip, 32 GiB; docs.cloud.google.com/tpu/docs/v4
+    "tpu-v5e": Device(197, 16),  # docs.cloud.google.com/tpu/docs/v5e
+    "tpu-v5p": Device(459, 95),  # docs.cloud.google.com/tpu/docs/v5p
+}
+
+
+class HardwareSection(Section):
+    """What it runs on."""
+
+    device: str | None = None
+    """Kind of device: a100-40, a100-80, h100, h200, l40s, rtx-4090, mi300x, tpu-v4, tpu-v5e or tpu-v5p."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Of another device: its peak in dense matrix products of the type computed in, in 1e12 FLOP/s."""
+    memory_gb: float | None = Field(None, gt=0)
+    """Of another device: its memory in 1e9 bytes."""
+    count: int = Field(1, gt=0)
+    """Devices."""
+    utilisation: float = Field(gt=0, le=1)
+    """Share of the peak that the model's FLOPs make (MFU). 0.4 is good: PaLM reports 0.46 (arXiv 2204.02311)."""
+    price_per_hour: float | None = Field(None, ge=0)
+    """Of one device, in any currency."""
+    sharded: bool = False
+    """Whether weights, gradients and moments are spread over the devices (FSDP, ZeRO-3); else each holds a copy."""
+
+    @model_validator(mode="after")
+    def _known(self) -> HardwareSection:
+        if self.device is not None and self.device not in DEVICES:
+            raise ValueError(
+                f"there is no device {self.device!r}; there are {', '.join(DEVICES)}. Give peak_tflops and memory_gb "
+                "of another one instead"
+            )
+        if (self.device is None) == (self.peak_tflops is None):
+            raise ValueError("give either device or peak_tflops")
+        if self.device is not None and self.memory_gb is not None:
+            raise ValueError(f"{self.device!r} brings its own memory; take out memory_gb")
+        return self
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """Memory of one device."""
+        gigabytes = DEVICES[self.device].memory_gb if self.device else self.memory_gb
+        return gigabytes * 1e9 if gigabytes else None
+
+    def device_hours(self, training_flops: float) -> float:
+        """Hours that one device would take; n devices take the n-th part."""
+        return training_flops / (self._peak_flops * self.utilisation * 3600)
+
+    def implied_utilisation(self, training_flops: float, device_hours: float) -> float:
+        """Return the share of the peak that makes `device_hours` of these FLOPs."""
+        return training_flops / (self._peak_flops * device_hours * 3600)
+
+    @property
+    def _peak_flops(self) -> float:
+        return 1e12 * (DEVICES[self.device].peak_tflops if self.device else self.peak_tflops or 0)
+
+
+class Run(Section):
+    """A model, and the text that it is trained on."""
+
+    model: str | dict[str, Any]
+    """A preset, such as 354m; or `architecture` (default: tokenformer) and fields of its configuration in transformers'
+    names, which may change a `preset`."""
+    text_tokens: float = Field(gt=0)
+    """Text tokens of this run alone."""
+    published_hours: float | None = Field(None, gt=0)
+    """Device hours that someone reports for it, all stages before it included: shown beside the computed ones."""
+
+    @model_validator(mode="after")
+    def _makes_a_model(self) -> Run:
+        _ = self.config
+        return self
+
+    @cached_property
+    def config(self) -> Any:
+        """The configuration.
+
+        Raises:
+            ValueError: as `recipe.model_config`.
+        """
+        return model_config({"preset": self.model} if isinstance(self.model, str) else self.model)
+
+    @property
+    def label(self) -> str:
+        """Name for a table."""
+        if isinstance(self.model, str):
+            return self.model
+        if "preset" in self.model:
+            return self.model["preset"] + (", changed" if len(self.model) > 1 else "")
+        return f"{self.config.model_type} {self.config.num_hidden_layers} × {self.config.hidden_size}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a run takes.
+
+    Attributes:
+        label: of the model.
+        parameters: of the model, a tied embedding counted once.
+        memory_bytes: on each device, of weights, gradients and AdamW's moments; activations come on top.
+        text_tokens, training_flops: of this run.
+        total_text_tokens, total_flops: with all stages before it; of a run from scratch the same.
+        published_hours: device hours reported for this run alone; total_published_hours with the stages before.
+        implied_utilisation: share of the peak at which training_flops take published_hours.
+    """
+
+    label: str
+    parameters: int
+    memory_bytes: float
+    text_tokens: float
+    training_flops: float
+    total_text_tokens: float
+    total_flops: float
+    published_hours: float | None
+    total_published_hours: float | None
+    implied_utilisation: float | None
+
+
+class Plan(Section):
+    """A whole plan."""
+
+    context: int = Field(gt=0)
+    """Text tokens in a sequence: what token-token attention costs depends on it."""
+    hardware: HardwareSection
+    """What it runs on."""
+    grown: list[Run] = Field(min_length=1)
+    """Growth stages in order, the first model's training included."""
+    scratch: list[Run] = Field([])
+    """Models trained from scratch instead, each on its own; the last one is compared with the last stage."""
+
+    @cached_property
+    def grown_costs(self) -> list[Cost]:
+        """What each stage of growth takes."""
+        costs: list[Cost] = []
+        for run in self.grown:
+            costs.append(_cost(self, run, costs[-1] if costs else None))
+        return costs
+
+    @cached_property
+    def scratch_costs(self) -> list[Cost]:
+        """What each model takes from scratch."""
+        return [_cost(self, run, None) for run in self.scratch]
+
+    @model_validator(mode="after")
+    def _stages_grow(self) -> Plan:
+        sizes = [cost.parameters(run.config) for run in self.grown]
+        for i in range(1, len(sizes)):
+            if sizes[i] < sizes[i - 1]:
+                raise ValueError(
+                    f"grown.{i} has {sizes[i]:,} parameters, fewer than the {sizes[i - 1]:,} of the stage before; "
+                    "put the stages in order"
+                )
+        hours = [run.published_hours for run in self.grown if run.published_hours is not None]
+        if sorted(set(hours)) != hours:
+            raise ValueError(
+                f"published_hours of grown are {hours}; each includes the stages before, so they must rise"
+            )
+        return self
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Read a YAML plan; errors as in `recipe.read_sections`."""
+    return read_sections(Plan, path)
+
+
+def cost_table(plan: Plan) -> Table:
+    """Tabulate all runs: memory, FLOPs, hours of all devices at once, price; "so far" with the stages before."""
+    hardware = plan.hardware
+    spent = ["text", "FLOPs", "hours", *([] if hardware.price_per_hour is None else ["price"])]
+
+    def cells(text_tokens: float, flops: float) -> list[str]:
+        hours = hardware.device_hours(flops)
+        price = [] if hardware.price_per_hour is None else [_amount(hours * hardware.price_per_hour)]
+        return [_short(text_tokens), _flops(flops), _amount(hours / hardware.count), *price]
+
+    table = _table("model", "params", "GB/device", *spent, *(f"{column}\nso far" for column in spent))
+    table.add_row("[i]grown[/i]")
+    for c in plan.grown_costs:
+        so_far = cells(c.total_text_tokens, c.total_flops)
+        table.add_row(*_sizes(c), *cells(c.text_tokens, c.training_flops), *so_far)
+    if plan.scratch:
+        table.add_section()
+        table.add_row("[i]from scratch[/i]")
+    for c in plan.scratch_costs:
+        table.add_row(*_sizes(c), *cells(c.text_tokens, c.training_flops))
+    return table
+
+
+def published_table(plan: Plan) -> Table:
+    """Tabulate device hours, computed and published, of the runs that have published ones."""
+    columns = ("device hours", "published", "device hours\nso far", "published\nso far", "implied\nutilisation")
+    table = _table("model", *columns)
+    for costs in (plan.grown_costs, plan.scratch_costs):
+        table.add_section()
+        for c in costs:
+            if c.total_published_hours is not None:
+                own, so_far = (_amount(plan.hardware.device_hours(f)) for f in (c.training_flops, c.total_flops))
+                published = "–" if c.published_hours is None else _amount(c.published_hours)
+                implied = "–" if c.implied_utilisation is None else f"{c.implied_utilisation:.3f}"
+                table.add_row(c.label, own, published, so_far, _amount(c.total_published_hours), implied)
+    return table
+
+
+def conclusions(plan: Plan) -> list[str]:
+    """Say what does not fit, what growing costs beside scratch, what is equal, and whether published hours agree."""
+    said = []
+    costs, memory = [*plan.grown_costs, *plan.scratch_costs], plan.hardware.memory_bytes
+    large = dict.fromkeys(c.label for c in costs if memory is not None and c.memory_bytes > memory)
+    if large:
+        spreads = plan.hardware.sharded or plan.hardware.count == 1
+        remedy = "take more or larger ones" if spreads else "set hardware.sharded to spread it over all"
+        said.append(f"Too large for one device, even without activations: {', '.join(large)}; {remedy}.")
+    if plan.scratch:
+        grown, scratch = plan.grown_costs[-1], plan.scratch_costs[-1]
+        affordable = scratch.total_text_tokens * grown.total_flops / scratch.total_flops
+        said += [
+            f"Growing to {grown.label} takes {_flops(grown.total_flops)} FLOPs, all stages included; {scratch.label} "
+            f"from scratch {_flops(scratch.total_flops)}, {scratch.total_flops / grown.total_flops:.3g} times as many.",
+            f"{_compared('Text tokens', grown.total_text_tokens, scratch.total_text_tokens)}; "
+            f"{_compared('parameters', grown.parameters, scratch.parameters)}.",
+            f"For the FLOPs of growing, {scratch.label} could read {_short(affordable)} text tokens.",
+            "Which is then better no plan can say: `tokenformer compare` measures it.",
+        ]
+    implied = [c.implied_utilisation for c in costs if c.implied_utilisation is not None]
+    if implied:
+        said.append(
+            f"The published hours imply a utilisation of {min(implied):.3f} to {max(implied):.3f}; it would be one "
+            "number if they were proportional to these FLOPs."
+        )
+    return said
+
+
+def _cost(plan: Plan, run: Run, before: Cost | None) -> Cost:
+    hardware = plan.hardware
+    flops = cost.training_flops(run.config, plan.context) * run.text_tokens
+    earlier = before.total_published_hours if before else 0.0
+    published = None if run.published_hours is None or earlier is None else run.published_hours - earlier
+    return Cost(
+        label=run.label,
+        parameters=cost.parameters(run.config),
+        memory_bytes=cost.training_bytes(run.config) / (hardware.count if hardware.sharded else 1),
+        text_tokens=run.text_tokens,
+        training_flops=flops,
+        total_text_tokens=run.text_tokens + (before.total_text_tokens if before else 0),
+        total_flops=flops + (before.total_flops if before else 0),
+        published_hours=published,
+        total_published_hours=run.published_hours,
+        implied_utilisation=None if published is None else hardware.implied_utilisation(flops, published),
+    )
+
+
+def _sizes(c: Cost) -> tuple[str, str, str]:
+    return c.label, _short(c.parameters), f"{c.memory_bytes / 1e9:,.3g}"
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _short(number: float) -> str:
+    """Three digits and a unit: 1.31 B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def _compared(what: str, grown: float, scratch: float) -> str:
+    verdict = "equal within 1%" if abs(grown / scratch - 1) < 0.01 else "not equal"
+    return f"{what}: {_short(grown)} against {_short(scratch)} ({verdict})"
+
+
+def _flops(number: float) -> str:
+    return f"{number:.2e}".replace("e+", "e")
+
+
+def _amount(number: float) -> str:
+    return f"{number:,.0f}" if number >= 99.5 else f"{number:.3g}"

@@ -1,0 +1,448 @@
+"""The comparison itself: rules, segments, budgets, and what happens when it is cut off."""
+
+import json
+import math
+import operator
+import os
+import random
+import shutil
+import signal
+import time
+import traceback
+
+import pytest
+import torch
+from models import tiny
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig
+
+from tokenformer import cost, grow
+from tokenformer.compare import run as running
+from tokenformer.compare.arms import Run, final_runs, segments, tuning_runs
+from tokenformer.compare.budgets import cost_per_step, counted_flops, steps_within
+from tokenformer.compare.methods import METHODS, grow_by
+from tokenformer.compare.recipe import CompareRecipe
+from tokenformer.compare.results import Results, read_results
+from tokenformer.compare.run import compare, load_text, rehearse, work
+from tokenformer.errors import DataError, EvaluationError, GrowthError, RecipeError
+from tokenformer.growth.freeze import freeze_only
+from tokenformer.recipe import parse_sections
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+SMALL = {
+    "architecture": "gpt_neox",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+TOKENS = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "qkv_param_tokens": 16,
+    "output_param_tokens": 16,
+    "ffn_param_tokens": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    words = ["to", "be", "or", "not", "that", "is", "the", "question", "whether", "nobler", "slings", "and", "arrows"]
+    dice = random.Random(0)
+    for i in range(20):
+        (folder / f"{i:02}.txt").write_text(f"{i} " + " ".join(dice.choice(words) for _ in range(100)))
+    return folder
+
+
+def comparison(text):
+    """A comparison of two arms that begin alike; it takes half a minute."""
+    return {
+        "question": "Does it pay?",
+        "data": {"source": str(text), "tokenizer": "bytes", "validation_fraction": 0.3},
+        "training": {
+            "batch_size": 4,
+            "sequence_length": 32,
+            "threads": 1,
+            "precision": "float32",
+            "evaluations_per_stage": 1,
+            "save_every": 4,
+        },
+        "equal": "text_tokens",
+        "budgets": [1280, 2560],
+        "seeds": [0, 1],
+        "learning_rates": [1e-3, 1e-2],
+        "tuning_budget": 1280,
+        "rules": {"reference": "small"},
+        "arms": {
+            "small": {"model": SMALL},
+            "widened": {"model": SMALL, "stages": [{"at": 640, "ffn_param_tokens": 64}]},
+        },
+    }
+
+
+@pytest.fixture
+def content(text):
+    return comparison(text)
+
+
+def parsed(content, **changes) -> CompareRecipe:
+    return parse_sections(CompareRecipe, {**content, **changes}, where="recipe")
+
+
+# --- Rules ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budgets": [2560, 1280]}, "smallest first"),
+        ({"tuning_budget": 5}, r"tuning_budget is 5; it must be one of the budgets"),
+        ({"rules": {"reference": "large"}}, "rules.reference is 'large'; the arms are small, widened"),
+        ({"rules": {"reference": "small", "treshold": 1}}, "did you mean 'threshold'"),
+        ({"arms": {"small": {"model": SMALL, "stages": [{"at": 9999}]}}}, "lie below 2560"),
+        (
+            {"arms": {"small": {"model": SMALL, "stages": [{"at": 9, "method": "magic"}]}}},
+            "called 'magic'; there are exact",
+        ),
+        ({"arms": {"small": {"model": SMALL, "stages": [{"at": 9, "mehtod": "exact"}]}}}, "did you mean 'method'"),
+        ({"arms": {"small": {"model": SMALL, "training": {"scedule": "wsd"}}}}, "did you mean 'schedule'"),
+        ({"data": {"source": "x", "streaming": True}}, "streaming does not go with a comparison"),
+    ],
+)
+def test_impossible_rules_are_refused(content, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        parsed(content, **changes)
+
+
+@pytest.mark.parametrize(
+    ("arm", "error", "message"),
+    [
+        ({"model": {**SMALL, "hiden_size": 8}}, RecipeError, "did you mean 'hidden_size'"),
+        ({"model": {"architecture": "gpt_nex"}}, RecipeError, "no architecture 'gpt_nex'; there are"),
+        ({"model": {**TOKENS, "hidden_size": 15}}, RecipeError, r"arms.small.model: these sizes make no model"),
+        ({"model": SMALL, "stages": [{"at": 9, "qkv_param_tokens": 64}]}, GrowthError, r"arms.small.stages.0: .*qkv"),
+        (
+            {"model": SMALL, "stages": [{"at": 9, "method": "published", "ffn_param_tokens": 64}]},
+            GrowthError,
+            "gpt_neox",
+        ),
+        (
+            {"model": SMALL, "stages": [{"at": 9, "ffn_param_tokens": 64, "frozen": ["bas"]}]},
+            GrowthError,
+            "names 'bas'",
+        ),
+    ],
+)
+def test_an_arm_that_cannot_run_is_refused_before_anything_runs(content, tmp_path, arm, error, message):
+    recipe = parsed(content, arms={"small": arm})
+    with pytest.raises(error, match=message):
+        compare(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_parameters_can_be_required_to_be_equal(content, tmp_path):
+    recipe = parsed(content, rules={"reference": "small", "parameters_within": 0.01})
+    with pytest.raises(RecipeError, match=r"within 1.0% of those of 'small', [\d,]+; found widened [\d,]+"):
+        rehearse(recipe, load_text(recipe, tmp_path))
+
+
+def test_rules_stand_before_results(content, tmp_path):
+    results = Results(tmp_path)
+    results.begin(parsed(content), "trial")
+    results.begin(parsed(content), "trial")
+    assert [line["event"] for line in results.lines()] == ["recipe"]
+    more = parsed(content, seeds=[0, 1, 2], arms={**content["arms"], "again": {"model": TOKENS}})
+    results.begin(more, "trial")
+    for changes in ({"seeds": [0]}, {"rules": {"reference": "widened"}}, {"learning_rates": [1e-3]}):
+        with pytest.raises(RecipeError, match=f"differs from the one .* in .*{next(iter(changes))}"):
+            results.begin(parsed(content, **changes), "trial")
+
+
+def test_results_survive_a_line_cut_short(content, tmp_path):
+    results = Results(tmp_path)
+    results.begin(parsed(content), "trial")
+    with results.path.open("a") as stream:
+        stream.write('{"event": "segment", "id": "a", "lo')
+    results.add({"event": "segment", "id": "a"}, {"event": "segment", "id": "b"})
+    results.add({"event": "segment", "id": "b"})
+    assert [line.get("id") for line in read_results(results.path)] == [None, "a", "b"]
+
+
+# --- Segments ------------------------------------------------------------------------------------------------------
+
+
+def test_budgets_share_a_trunk_and_arms_a_beginning(content):
+    recipe = parsed(content)
+    short, long = (segments(recipe, Run("widened", 0, 1e-3, budget)) for budget in recipe.budgets)
+    assert [(s.start, s.end, s.phase) for s in short] == [(0, 640, "hold"), (640, 1024, "hold"), (1024, 1280, "fall")]
+    assert [s.end for s in long] == [640, 1024, 2048, 2560]
+    assert [s.id for s in short[:2]] == [s.id for s in long[:2]] and short[2].id != long[2].id
+    assert [s.growth is not None for s in long] == [False, True, False, False]
+    twin = parsed(
+        content, arms={**content["arms"], "twin": {"model": SMALL, "stages": [{"at": 640, "num_hidden_layers": 2}]}}
+    )
+    theirs = segments(twin, Run("twin", 0, 1e-3, 2560))
+    assert theirs[0].id == long[0].id and theirs[1].id != long[1].id
+    assert segments(recipe, Run("widened", 1, 1e-3, 2560))[0].id != long[0].id
+
+
+def test_a_whole_run_warms_up_holds_and_decays(content):
+    recipe = parsed(content, training={**content["training"], "warmup": 0.1})
+    rates = []
+    for segment in segments(recipe, Run("widened", 0, 1.0, 2560)):
+        steps = int((segment.end - segment.start) / 128)
+        rates += [segment.rate(i, steps=steps, per_step=128) for i in range(steps)]
+    assert len(rates) == 20
+    assert rates[0] == pytest.approx(0.5) and rates[1:16] == [1.0] * 15
+    assert rates[16:] == pytest.approx([1.0, 0.75, 0.5, 0.25])
+
+
+def test_cosine_is_one_a_stage_and_constant_never_falls(content):
+    arm = content["arms"]["widened"]
+    cosine = parsed(content, arms={"small": {**arm, "training": {"schedule": "cosine", "warmup": 0.0}}})
+    found = segments(cosine, Run("small", 0, 1.0, 2560))
+    assert [(s.start, s.end, s.phase) for s in found] == [(0, 640, "cosine"), (640, 2560, "cosine")]
+    rates = [found[1].rate(i, steps=15, per_step=128) for i in range(15)]
+    assert rates[0] == 1.0 and rates == sorted(rates, reverse=True) and 0.1 < rates[-1] < 0.13
+    constant = parsed(content, arms={"small": {**arm, "training": {"schedule": "constant"}}})
+    assert {s.phase for s in segments(constant, Run("small", 0, 1.0, 2560))} == {"hold"}
+
+
+# --- Budgets -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["paper", "ffn"])
+@pytest.mark.parametrize("frozen", [[], ["base"]])
+def test_counted_flops_are_those_of_the_formula(family, frozen):
+    model = tiny(family)
+    grow(model, ffn_param_tokens="+32", num_hidden_layers="+1")
+    freeze_only(model, frozen)
+    without = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    stated = cost.training_flops(model.config, 48, frozen_parameters=without)
+    assert counted_flops(model, 48) == pytest.approx(stated, rel=1e-9)
+    assert model.config._attn_implementation == "sdpa"
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_counted_flops_hold_after_every_way_to_grow(method):
+    kind = METHODS[method].model_types[-1]
+    config = GPTNeoXConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    model = tiny("paper") if kind == "tokenformer" else AutoModelForCausalLM.from_config(config)
+    amounts = {"factor": 2, "num_hidden_layers": 6 if kind == "tokenformer" else 4, "ffn_param_tokens": 192}
+    asked = {name: amounts[name] for name in METHODS[method].amounts if name in amounts}
+    model, _ = grow_by(model, {}, method, seed=0, **asked)
+    assert counted_flops(model, 24) == pytest.approx(cost.training_flops(model.config, 24), rel=1e-9)
+
+
+def test_a_planted_miscount_is_caught(monkeypatch):
+    """A formula that forgets token-token attention, or a model with a map that it does not know of."""
+    model = tiny("ffn")
+    monkeypatch.setattr(cost, "training_flops", lambda config, context, **_: 6.0 * cost.matrix_parameters(config))
+    with pytest.raises(EvaluationError, match=r"torch counts [\d,]+ a text token, tokenformer.cost [\d,]+"):
+        counted_flops(model, 48)
+    monkeypatch.undo()
+    extra = torch.nn.Linear(64, 64)
+    model.model.norm.register_forward_hook(lambda module, arguments, output: output + extra(output))
+    with pytest.raises(EvaluationError, match="cannot be trusted"):
+        counted_flops(model, 48)
+
+
+def test_units_of_a_budget():
+    model = tiny("ffn")
+    assert cost_per_step(model, "text_tokens", batch_size=4, context=32) == 128
+    assert cost_per_step(model, "training_flops", batch_size=4, context=32) == pytest.approx(
+        128 * cost.training_flops(model.config, 32)
+    )
+    assert 1e-5 < cost_per_step(model, "seconds", batch_size=4, context=32) < 10
+    assert [steps_within(100, spent, 7) for spent in (0, 93, 99, 200)] == [14, 1, 0, 0]
+
+
+# --- Text ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_arm_sees_the_text_it_is_judged_on(content, tmp_path):
+    recipe = parsed(content)
+    text = load_text(recipe, tmp_path)
+    tuning, report = (set(half.validation_documents["text"]) for half in (text.tuning, text.report))
+    assert tuning and report and not tuning & report
+    assert text.tuning.train_blocks is text.report.train_blocks
+    train = "".join(text.report.tokenizer.decode(block[1:]) for block in text.report.train_blocks["input_ids"])
+    assert all(document[:60] not in train and document[-60:] not in train for document in tuning | report)
+    for half in (text.tuning, text.report):
+        held = "".join(half.tokenizer.decode(b[1:]) for b in half.validation_blocks["input_ids"])
+        assert all(document in held for document in half.validation_documents["text"])
+        assert half.validation_bytes == sum(len(d.encode()) for d in half.validation_documents["text"])
+
+
+def test_one_held_out_document_is_too_few(content, tmp_path):
+    recipe = parsed(content, data={**content["data"], "validation_fraction": 0.01})
+    with pytest.raises(DataError, match="1 document is held out"):
+        load_text(recipe, tmp_path)
+
+
+# --- Running -------------------------------------------------------------------------------------------------------
+
+TIMES = ("seconds", "curve", "growths", "growth")
+
+
+def timeless(line):
+    """A line without what no two runs have in common: times, and which of the arms that share a segment trained it."""
+    kept = {key: value for key, value in line.items() if key not in TIMES}
+    if line["event"] == "segment":
+        kept.pop("arm")
+    return json.dumps(kept, sort_keys=True)
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    content, folder, began = comparison(text), tmp_path_factory.mktemp("compare"), time.monotonic()
+    Results(folder).begin(parsed(content), "trial")
+    work(parsed(content), folder, list(content["arms"]))
+    return folder, read_results(folder / "results.jsonl"), time.monotonic() - began
+
+
+def runs(lines, **facts):
+    return [e for e in lines if e["event"] == "run" and all(e[key] == value for key, value in facts.items())]
+
+
+def test_every_arm_is_tuned_then_run_with_every_seed_and_budget(finished, content):
+    recipe, (_, lines, _) = parsed(content), finished
+    for arm in recipe.arms:
+        tuning, final = runs(lines, arm=arm, purpose="tuning"), runs(lines, arm=arm, purpose="final")
+        best = min(tuning, key=lambda line: line["tuning_bits_per_byte"])["learning_rate"]
+        key = operator.itemgetter("arm", "seed", "learning_rate", "budget")
+        assert {key(e) for e in tuning} == {
+            (r.arm, r.seed, r.learning_rate, r.budget) for r in tuning_runs(recipe, arm)
+        }
+        assert {key(e) for e in final} == {
+            (r.arm, r.seed, r.learning_rate, r.budget) for r in final_runs(recipe, arm, best)
+        }
+    assert all(line["bits_per_byte"] != line["tuning_bits_per_byte"] for line in runs(lines))
+
+
+def test_what_a_run_spent_adds_up(finished, content):
+    _, lines, _ = finished
+    done = {line["id"]: line for line in lines if line["event"] == "segment"}
+    assert len(done) < sum(len(line["segments"]) for line in runs(lines))
+    for line in runs(lines):
+        chain = [done[name] for name in line["segments"]]
+        assert [part["parent"] for part in chain] == [None, *line["segments"][:-1]]
+        assert line["text_tokens"] == sum(part["steps"] for part in chain) * 128 == line["budget"]
+        assert line["seconds"] == chain[-1]["seconds"] > chain[0]["seconds"] > 0
+        config = AutoConfig.for_model(**line["config"])
+        assert line["parameters"] == cost.parameters(config)
+        points = [point["text_tokens"] for point in line["curve"]]
+        assert points == sorted(points) and points[-1] == line["budget"]
+        assert line["curve"][-1]["bits_per_byte"] == line["bits_per_byte"]
+    small, widened = (runs(lines, arm=arm, purpose="final", seed=1, budget=2560)[0] for arm in ("small", "widened"))
+    flops = [cost.training_flops(AutoConfig.for_model(**line["config"]), 32) for line in (small, widened)]
+    assert small["training_flops"] == pytest.approx(2560 * flops[0])
+    assert widened["training_flops"] == pytest.approx(640 * flops[0] + 1920 * flops[1])
+
+
+def test_growth_says_what_it_did(finished):
+    _, lines, _ = finished
+    for line in runs(lines, arm="widened"):
+        (growth,) = line["growths"]
+        assert growth["logits_equal"] and growth["bits_per_byte_before"] == growth["bits_per_byte_after"]
+        assert growth["text_tokens"] == 640 and growth["parameters_after"] == line["parameters"]
+    assert not any(line["growths"] for line in runs(lines, arm="small"))
+
+
+def test_nothing_is_computed_again(finished, content):
+    folder, lines, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    work(parsed(content), folder, list(content["arms"]))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert read_results(folder / "results.jsonl") == lines
+
+
+def test_a_parent_that_was_deleted_is_trained_again_for_a_new_child(finished, content, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "segments")
+    more = parsed(content, budgets=[1280, 2560, 3200], arms={"small": content["arms"]["small"]})
+    work(more, tmp_path / "copy", ["small"])
+    lines = read_results(tmp_path / "copy" / "results.jsonl")
+    assert lines[: len(finished[1])] == finished[1]
+    assert {line["budget"] for line in runs(lines, arm="small", purpose="final")} == {1280, 2560, 3200}
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_gives_the_same_results(content, tmp_path, seed):
+    dice, kills = random.Random(seed), 0
+    recipe = parsed(content, seeds=[0], learning_rates=[1e-2])
+    whole, killed, began = tmp_path / "whole", tmp_path / "killed", time.monotonic()
+    for folder in (whole, killed):
+        folder.mkdir()
+        Results(folder).begin(recipe, "trial")
+    assert work_and_kill(recipe, whole, math.inf)
+    usual = time.monotonic() - began
+    while not work_and_kill(recipe, killed, usual * dice.uniform(0.1, 0.4 + kills / 20)):
+        kills += 1
+    assert kills >= 2
+    mine, theirs = (read_results(folder / "results.jsonl") for folder in (killed, whole))
+    assert {timeless(line) for line in mine[1:]} == {timeless(line) for line in theirs[1:]}
+    assert not list(killed.rglob("*.partial"))
+
+
+def work_and_kill(recipe, folder, seconds) -> bool:
+    """Work in a child and kill -9 it after a while; True when it had finished by then."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work(recipe, folder, list(recipe.arms))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return True
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+@pytest.mark.slow
+def test_two_workers_share_the_work(finished, content, tmp_path):
+    events = []
+    lines = compare(parsed(content), tmp_path, name="trial", workers=2, on_event=events.append)
+    assert {timeless(line) for line in lines[1:]} == {timeless(line) for line in finished[1][1:]}
+    assert [e for e in events if e["event"] != "progress"] == lines
+    assert events[-1]["event"] == "progress" and events[-1]["done"] == events[-1]["total"] > 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "share"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}, (2, 3)),
+        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}, (2, 4)),
+        (
+            {
+                "SLURM_ARRAY_TASK_ID": "8",
+                "SLURM_ARRAY_TASK_MIN": "0",
+                "SLURM_ARRAY_TASK_COUNT": "3",
+                "SLURM_ARRAY_TASK_STEP": "4",
+            },
+            (2, 3),
+        ),
+    ],
+)
+def test_arms_are_handed_out(monkeypatch, environment, share):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert running._share() == share
