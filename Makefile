@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install lint test test-all demo benchmark smollm2 continual ecosystem clean
+.PHONY: install lint test test-all demo benchmark compare compare-quick smollm2 continual ecosystem clean
 
 ECOSYSTEM := examples/ecosystem
 CHECKPOINT := runs/ecosystem/stage2
@@ -39,6 +39,14 @@ benchmark: install
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/rewrite.py
 	$(BIN)/python benchmarks/readme.py
+
+# The comparisons of docs/compare.md; hours, resumable. Needs npm. The quick one takes ten minutes.
+compare: install
+	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks/readme.py
+
+compare-quick: install
+	$(BIN)/tokenformer compare recipes/compare/quick.yaml
 
 # SmolLM2 learns Shakespeare by full fine-tuning, LoRA and a tenth more neurons; about half an hour. Needs npm.
 smollm2: install

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import compare
 import continual
 import smollm2
 
@@ -132,8 +133,15 @@ def rewriting() -> str:
     return "\n".join(rows)
 
 
+def comparisons() -> str:
+    """Return the answers of all comparisons that there are results of."""
+    there = [name for name in compare.NAMES if (compare.RESULTS / name / "results.jsonl").exists()]
+    return "\n\n".join(compare.summary(name) for name in there)
+
+
 PAGES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (demo, benchmarks),
+    "docs/compare.md": (comparisons,),
     "docs/ecosystem.md": (ecosystem, convert),
     "docs/token-groups.md": (rewriting, merging, smollm2_results, continual_results, routing),
 }

@@ -18,14 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig
 from tokenformer import cost, grow
 from tokenformer.compare import run as running
 from tokenformer.compare.arms import Run, final_runs, segments, tuning_runs
-from tokenformer.compare.budgets import cost_per_step, counted_flops, steps_within
+from tokenformer.compare.budgets import cost_per_step, counted_flops, optimizer_flops, steps_within
 from tokenformer.compare.methods import METHODS, grow_by
 from tokenformer.compare.recipe import CompareRecipe
 from tokenformer.compare.results import Results, read_results
 from tokenformer.compare.run import compare, load_text, rehearse, work
 from tokenformer.errors import DataError, EvaluationError, GrowthError, RecipeError
 from tokenformer.growth.freeze import freeze_only
-from tokenformer.recipe import parse_sections
+from tokenformer.recipe import parse_recipe, parse_sections
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -253,13 +253,28 @@ def test_a_planted_miscount_is_caught(monkeypatch):
 
 
 def test_units_of_a_budget():
-    model = tiny("ffn")
-    assert cost_per_step(model, "text_tokens", batch_size=4, context=32) == 128
-    assert cost_per_step(model, "training_flops", batch_size=4, context=32) == pytest.approx(
-        128 * cost.training_flops(model.config, 32)
-    )
-    assert 1e-5 < cost_per_step(model, "seconds", batch_size=4, context=32) < 10
+    model, recipe = tiny("ffn"), training_recipe()
+    assert cost_per_step(model, recipe, "text_tokens") == 128
+    stated = 128 * cost.training_flops(model.config, 32)
+    assert cost_per_step(model, recipe, "training_flops") == pytest.approx(stated)
+    assert 1e-5 < cost_per_step(model, recipe, "seconds") < 10
     assert [steps_within(100, spent, 7) for spent in (0, 93, 99, 200)] == [14, 1, 0, 0]
+
+
+def test_what_muon_multiplies_counts():
+    """Newton–Schulz of torch.optim.Muon: five times, three products of the smaller side with itself and the matrix."""
+    model = tiny("ffn")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    blocks = [p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
+    expected = sum(5 * 2 * (2 * min(p.shape) ** 2 * max(p.shape) + min(p.shape) ** 3) for p in blocks)
+    assert optimizer_flops(model, training_recipe(optimizer="muon")) == expected
+    assert optimizer_flops(model, training_recipe()) == 0
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def training_recipe(**training):
+    content = {"batch_size": 4, "sequence_length": 32, **training}
+    return parse_recipe({"model": {}, "data": {"source": "x"}, "training": content, "stages": [{"text_tokens": 128}]})
 
 
 # --- Text ----------------------------------------------------------------------------------------------------------

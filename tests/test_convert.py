@@ -397,6 +397,8 @@ def test_a_tokenizer_that_does_not_fit(tmp_path):
         ),
         ("paper", {"tie_word_embeddings": False}, "not tied"),
         ("paper", {"use_qk_norm": True}, "its queries and keys are normalised"),
+        ("paper", {"elementwise_affine": True}, "norms in its blocks have weights and biases"),
+        ("paper", {"norm_activation_type": "gelu_l1_norm"}, "by 'gelu_l1_norm'"),
     ],
 )
 def test_what_the_official_code_cannot_express(family, changes, message, tmp_path):

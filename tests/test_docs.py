@@ -20,7 +20,10 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 from typer.testing import CliRunner
 
 from tokenformer import cli
+from tokenformer.compare.recipe import load_compare_recipe
 from tokenformer.data import make_tokenizer
+from tokenformer.plan import read_plan
+from tokenformer.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -118,6 +121,6 @@ def test_figures_are_those_of_the_results():
 
 
 def test_example_recipes_parse():
-    from tokenformer.recipe import load_recipe
-
     assert [load_recipe(path) for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+    assert [load_compare_recipe(path) for path in sorted((ROOT / "recipes" / "compare").glob("*.yaml"))]
+    assert [read_plan(path) for path in sorted((ROOT / "recipes" / "plan").glob("*.yaml"))]

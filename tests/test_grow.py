@@ -29,7 +29,7 @@ def all_logits(model, ids):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("norm", ["l2_norm_gelu", "gelu_l2_norm"])
+@pytest.mark.parametrize("norm", ["l2_norm_gelu", "gelu_l2_norm", "gelu_l1_norm"])
 @torch.no_grad()
 def test_growth_is_bit_for_bit(family, dtype, attention, norm):
     model, ids = tiny(family, attention=attention, dtype=dtype, norm_activation_type=norm), tokens()
@@ -48,11 +48,11 @@ def test_growth_is_bit_for_bit(family, dtype, attention, norm):
     ),
     rows=st.integers(1, 3),
     length=st.integers(1, 30),
-    use_qk_norm=st.booleans(),
+    changes=st.fixed_dictionaries({"use_qk_norm": st.booleans(), "elementwise_affine": st.booleans()}),
 )
 @torch.no_grad()
-def test_any_sequence_of_growths_is_bit_for_bit(family, steps, rows, length, use_qk_norm):
-    model, ids = tiny(family, use_qk_norm=use_qk_norm), tokens(rows, length)
+def test_any_sequence_of_growths_is_bit_for_bit(family, steps, rows, length, changes):
+    model, ids = tiny(family, **changes), tokens(rows, length)
     before = model(ids).logits
     for step in steps:
         grow(model, **{field: f"+{n}" for field, n in step.items()})

@@ -9,6 +9,7 @@ import torch
 from models import tiny, two_groups
 from operations import ordinary
 from safetensors.torch import load_file
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tokenformer import grow
 from tokenformer.errors import RecipeError
@@ -208,3 +209,18 @@ def test_constant_warms_up_over_all_stages_and_holds():
     recipe = recipe_of(schedule="constant", warmup=0.2, learning_rate=0.5)
     rates = [learning_rate(recipe, stage, step) for stage in range(2) for step in range(10)]
     assert rates[:4] == pytest.approx([0.1, 0.2, 0.3, 0.4]) and rates[4:] == [0.5] * 16
+
+
+def test_the_neurons_of_an_ordinary_model_keep_their_states_when_it_grows():
+    config = GPTNeoXConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    model = GPTNeoXForCausalLM(config)
+    states = {name: {"exp_avg": torch.full_like(p, i)} for i, (name, p) in enumerate(model.named_parameters())}
+    weight = model.gpt_neox.layers[0].mlp.dense_h_to_4h.weight.clone()
+    moved = grow_with_states(model, dict(states), ffn_param_tokens="+8")
+    parameters = dict(model.named_parameters())
+    assert len(moved) == len(states) and all(parameters[n].shape == s["exp_avg"].shape for n, s in moved.items())
+    name = "gpt_neox.layers.0.mlp.dense_h_to_4h.groups.base.weight"
+    assert torch.equal(parameters[name], weight)
+    assert moved[name] is states["gpt_neox.layers.0.mlp.dense_h_to_4h.weight"]

@@ -164,7 +164,7 @@ def test_works_under_functorch_and_compile():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("norm", ["l2_norm_gelu", "gelu_l2_norm", "gelu"])
+@pytest.mark.parametrize("norm", ["l2_norm_gelu", "gelu_l2_norm", "gelu_l1_norm", "gelu"])
 @pytest.mark.parametrize(("fused", "bias"), [(True, False), (False, False), (False, True)])
 def test_added_group_changes_no_bit_and_learns(dtype, norm, fused, bias):
     layer, x = layer_and_input(dtype, norm_activation_type=norm, bias=bias)
@@ -203,7 +203,7 @@ def test_softmax_refuses_to_grow_and_says_why():
 
 
 def test_an_all_zero_row_gives_zeros_and_finite_gradients():
-    for norm in ("l2_norm_gelu", "gelu_l2_norm"):
+    for norm in ("l2_norm_gelu", "gelu_l2_norm", "gelu_l1_norm"):
         layer, x = layer_and_input(norm_activation_type=norm)
         results = run(layer, torch.zeros_like(x))
         assert torch.equal(results[0], torch.zeros_like(results[0]))
@@ -418,3 +418,13 @@ def test_a_prefix_of_changed_maps_is_refused():
     layer.keep = 0.5
     with pytest.raises(ValueError, match=r"keep is 0\.5, but this layer's maps are quantised"):
         layer(x)
+
+
+def test_gelu_l1_norm_is_that_of_the_papers_table_4():
+    layer, x = layer_and_input(torch.float64, norm_activation_type="gelu_l1_norm")
+    groups = list(layer.groups.values())
+    activated = [F.gelu(x @ group.keys.weight.T) for group in groups]
+    total = sum(a.abs().sum(-1, keepdim=True) for a in activated)
+    expected = sum(a / total * layer.num_tokens @ g.values.weight.T for a, g in zip(activated, groups, strict=True))
+    assert_near(layer(x), expected, 1e-6)
+    assert layer.tau == layer.num_tokens

@@ -154,7 +154,7 @@ def test_a_new_gate_is_open_and_never_trains():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("norm", ["l2_norm_gelu", "gelu_l2_norm", "gelu"])
+@pytest.mark.parametrize("norm", ["l2_norm_gelu", "gelu_l2_norm", "gelu_l1_norm", "gelu"])
 @pytest.mark.parametrize("linear", [False, True])
 def test_closed_gates_give_the_bits_of_the_layer_without_the_groups(dtype, norm, linear):
     layer = routed_layer(dtype, norm_activation_type=norm, linear=linear)

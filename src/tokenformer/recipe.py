@@ -68,8 +68,10 @@ class ModelSection(Section):
     """Parameter tokens of the attention's output projection; 0 makes a plain linear map."""
     ffn_param_tokens: int | None = Field(None, ge=0)
     """Parameter tokens of the feed-forward."""
-    norm_activation_type: Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"] | None = None
+    norm_activation_type: Literal["l2_norm_gelu", "gelu_l2_norm", "gelu_l1_norm", "softmax", "gelu"] | None = None
     """How scores become weights; l2_norm_gelu is the paper's."""
+    elementwise_affine: bool | None = None
+    """Give the norms in the blocks weights and biases. Default: no (paper)."""
     use_qk_norm: bool | None = None
     """Divide each head's query and key by their root mean square, before the rotary embedding. Default: no (paper)."""
     value_initializer_range: float | None = Field(None, gt=0)
@@ -298,6 +300,15 @@ def read_sections(kind: type[S], path: str | Path) -> S:
     Raises:
         RecipeError: no such file, not YAML, an unknown key (names the nearest), a missing or impossible value.
     """
+    return parse_sections(kind, read_yaml(kind, path), where=str(path))
+
+
+def read_yaml(kind: type[Section], path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of keys, such as the fields of `kind`.
+
+    Raises:
+        RecipeError: no such file, or not YAML.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -309,7 +320,7 @@ def read_sections(kind: type[S], path: str | Path) -> S:
         raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {path} holds {type(content).__name__}, not keys such as {_keys(kind)}")
-    return parse_sections(kind, content, where=str(path))
+    return content
 
 
 def parse_sections(kind: type[S], content: dict[str, Any], *, where: str) -> S:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from typing import Any
@@ -11,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import cost
 from ..errors import EvaluationError
+from ..optimization import make_optimizer
+from ..recipe import Recipe
 from .recipe import Unit
 
 # Between the counter and the formula; both count matrix products only, so that they differ by rounding alone.
@@ -45,15 +48,35 @@ def counted_flops(model: Any, context: int) -> float:
     return counted
 
 
-def cost_per_step(model: Any, unit: Unit, *, batch_size: int, context: int) -> float:
-    """Return what a training step over `batch_size` sequences of `context` text tokens costs, in `unit`.
+def optimizer_flops(model: Any, recipe: Recipe) -> float:
+    """Count the FLOPs of the matrix products in one optimizer step: none of AdamW's, many of Muon's."""
+    if recipe.training.optimizer == "adamw":
+        return 0.0
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = make_optimizer(twin, recipe, {})
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    return counter.get_total_flops()
+
+
+def flops_per_step(model: Any, recipe: Recipe) -> float:
+    """Count the FLOPs of a training step: forward, backward, and what the optimizer multiplies."""
+    text_tokens = recipe.training.batch_size * recipe.training.sequence_length
+    return text_tokens * counted_flops(model, recipe.training.sequence_length) + optimizer_flops(model, recipe)
+
+
+def cost_per_step(model: Any, recipe: Recipe, unit: Unit) -> float:
+    """Return what a training step costs, in `unit`.
 
     Seconds are the median of ten steps' forward and backward passes, timed now.
     """
+    batch_size, context = recipe.training.batch_size, recipe.training.sequence_length
     if unit == "text_tokens":
         return batch_size * context
     if unit == "training_flops":
-        return batch_size * context * counted_flops(model, context)
+        return flops_per_step(model, recipe)
     ids = torch.zeros(batch_size, context, dtype=torch.long, device=next(model.parameters()).device)
     times = []
     for _ in range(_TIMED_STEPS):

@@ -24,7 +24,7 @@ _SAID = {
 def answer(findings: Findings) -> Iterator[Block]:
     """Answer, ranking, and verdicts at every budget against the reference and the best."""
     budgets, reference = findings.budgets, findings.recipe.rules.reference
-    yield Paragraph(" ".join(_headline(findings)), lead=True)
+    yield Paragraph(headline(findings), lead=True)
     yield Heading("Ranking")
     yield Paragraph("Bits per byte on held-out documents, mean over seeds, and the rank; less is better.")
     ranks = {budget: findings.ranking(budget) for budget in budgets}
@@ -52,7 +52,12 @@ def limits(findings: Findings) -> Iterator[Block]:
     yield Bullets([*findings.missing(), *_statistics(findings), *_tuning(findings), _scope(findings)])
 
 
-def _headline(findings: Findings) -> Iterator[str]:
+def headline(findings: Findings) -> str:
+    """Return the answer in a few sentences."""
+    return " ".join(_sentences(findings))
+
+
+def _sentences(findings: Findings) -> Iterator[str]:
     budget, reference = findings.last, findings.recipe.rules.reference
     ranking = findings.ranking(budget)
     best, against = ranking[0], findings.contrasts(budget, reference)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ..growth.grow import Amount
-from ..recipe import DataSection, Section, TrainingSection, parse_sections, read_sections
+from ..recipe import DataSection, Section, TrainingSection, parse_sections, read_yaml
 from .methods import METHODS
 
 Unit = Literal["training_flops", "text_tokens", "seconds"]
@@ -129,5 +129,13 @@ class CompareRecipe(Section):
 
 
 def load_compare_recipe(path: str | Path) -> CompareRecipe:
-    """Read a YAML comparison recipe; errors as in `recipe.read_sections`."""
-    return read_sections(CompareRecipe, path)
+    """Read a YAML comparison recipe, which may be `based_on` another and then only says what it changes.
+
+    Raises:
+        RecipeError: as `recipe.read_sections`.
+    """
+    content = read_yaml(CompareRecipe, path)
+    while "based_on" in content:
+        base = Path(path).parent / content.pop("based_on")
+        content = {**read_yaml(CompareRecipe, base), **content}
+    return parse_sections(CompareRecipe, content, where=str(path))

@@ -38,7 +38,7 @@ def write_report(lines: Sequence[Line], folder: Path) -> Path:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            temporary = folder / f".{name}.new"
+            temporary = folder / f".{name}.{os.getpid()}.new"
             temporary.write_bytes(content)
             os.replace(temporary, folder / name)
     return folder / "report.html"

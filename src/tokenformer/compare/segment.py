@@ -24,7 +24,7 @@ from ..preparation import use_bfloat16
 from ..recipe import ModelSection, Recipe, Stage, TrainingSection
 from ..stage import Log, StageRun, read_log
 from .arms import Segment, first_config
-from .budgets import cost_per_step, steps_within
+from .budgets import cost_per_step, flops_per_step, steps_within
 from .methods import grow_by
 from .results import Line
 
@@ -54,18 +54,19 @@ def train_segment(segment: Segment, parent: Line | None, text: Text, folder: Pat
     training, place = segment.recipe.training_of(segment.arm), folder / segment.id
     place.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(place / "checkpoint", ignore_errors=True)  # of a worker that was killed before it could say so
+    before = parent or {"spent": 0.0, "training_flops": 0.0, "text_tokens": 0, "seconds": 0.0}
     model, states, lineage = _previous(segment, text, training, folder)
     growth = None
     if segment.growth is not None:
         model, states, growth = _grow(segment, model, states, text, training)
-        growth |= {"training_flops": lineage.last.training_flops, "text_tokens": lineage.last.text_tokens_seen}
-        growth |= {"seconds": lineage.last.training_seconds}
+        growth |= {field: before[field] for field in ("training_flops", "text_tokens", "seconds")}
         lineage = lineage.then("grow", arguments={"method": growth["method"], **segment.growth.amounts})
     freeze_only(model, list(segment.frozen))
-    per_step = _per_step(segment, model, training, place)
-    spent = parent["spent"] if parent else 0.0
-    steps = max(1, steps_within(segment.end, spent, per_step))
-    recipe = _stage_recipe(segment, training, done=lineage.last.text_tokens_seen, steps=steps)
+    recipe = _stage_recipe(segment, training, done=before["text_tokens"], steps=1)
+    per_step = _per_step(segment, model, recipe, place)
+    flops = flops_per_step(model, recipe)
+    steps = max(1, steps_within(segment.end, before["spent"], per_step))
+    recipe = _stage_recipe(segment, training, done=before["text_tokens"], steps=steps)
     stage = StageRun(
         recipe,
         len(recipe.stages) - 1,
@@ -76,7 +77,7 @@ def train_segment(segment: Segment, parent: Line | None, text: Text, folder: Pat
     parameters = cost.parameters(model.config)
     stage.run(lambda: (model, states, lineage), place / "checkpoint")
     events = read_log(place)
-    end = next(event for event in reversed(events) if event["event"] == "end")
+    curve = [_point(event, before, flops) for event in events if event["event"] == "evaluation"]
     return {
         "event": "segment",
         "id": segment.id,
@@ -87,16 +88,12 @@ def train_segment(segment: Segment, parent: Line | None, text: Text, folder: Pat
         "phase": segment.phase,
         "until": segment.end,
         "steps": steps,
-        "spent": spent + steps * per_step,
-        "training_flops": end["training_flops"],
-        "text_tokens": end["text_tokens_seen"],
-        "seconds": end["seconds"],
+        "spent": before["spent"] + steps * per_step,
         "parameters": parameters,
-        "loss": _finite(end["loss"]),
-        "bits_per_byte": _finite(end["bits_per_byte"]),
+        **_point(next(event for event in reversed(events) if event["event"] == "end"), before, flops),
         "tuning_bits_per_byte": _finite(_evaluate(stage.model, text.tuning, training).bits_per_byte),
         "growth": growth,
-        "curve": [_point(event) for event in events if event["event"] == "evaluation"],
+        "curve": curve,
         "config": model.config.to_diff_dict(),
     }
 
@@ -148,12 +145,12 @@ def _grow(
     )
 
 
-def _per_step(segment: Segment, model: Any, training: TrainingSection, place: Path) -> float:
+def _per_step(segment: Segment, model: Any, recipe: Recipe, place: Path) -> float:
     """Return what a step costs; a measured time is kept, so that resuming cuts the segment alike."""
     kept = place / "per_step.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    found = cost_per_step(model, segment.recipe.equal, batch_size=training.batch_size, context=training.sequence_length)
+    found = cost_per_step(model, recipe, segment.recipe.equal)
     kept.write_text(json.dumps(found))
     return found
 
@@ -181,11 +178,12 @@ def _evaluate(model: Any, data: TextData, training: TrainingSection) -> Evaluati
     )
 
 
-def _point(event: Line) -> Line:
+def _point(event: Line, before: Line, flops_per_step: float) -> Line:
     return {
-        "training_flops": event["training_flops"],
+        "training_flops": before["training_flops"] + event["step"] * flops_per_step,
         "text_tokens": event["text_tokens_seen"],
         "seconds": event["seconds"],
+        "loss": _finite(event["loss"]),
         "bits_per_byte": _finite(event["bits_per_byte"]),
     }
 

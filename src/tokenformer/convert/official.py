@@ -174,14 +174,16 @@ def check_expressible(config: TokenformerConfig) -> None:
         reasons.append(f"its rotary embedding is scaled ({rope['rope_type']})")
     if not config.tie_word_embeddings:
         reasons.append("its output head is not tied to its embedding")
-    if config.norm_activation_type == "gelu":
-        reasons.append("its scores are not normalised")
+    if config.norm_activation_type in ("gelu", "gelu_l1_norm"):
+        reasons.append(f"it turns scores into weights by {config.norm_activation_type!r}")
     if config.token_group_norm == "per_group" and len(config.token_groups or []) > 1:
         reasons.append("its token groups are normalised each by itself")
     if config.pattention_bias:
         reasons.append("its projections have biases")
     if config.use_parallel_residual:
         reasons.append("its attention and feed-forward run in parallel")
+    if config.elementwise_affine:
+        reasons.append("the norms in its blocks have weights and biases")
     if config.use_qk_norm:
         reasons.append("its queries and keys are normalised")
     for group in config.token_groups or []:

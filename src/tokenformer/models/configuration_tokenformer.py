@@ -54,15 +54,17 @@ class TokenformerConfig(PreTrainedConfig):
             Default: one group "base" with the counts above. Where given it decides; the counts follow from it.
         linear_projections: those of "qkv", "output", "ffn" that hold a linear map, with or without tokens beside it.
             Default: those without tokens.
-        qkv_tau, output_tau, ffn_tau: constant τ of the projection. Default: √n (n for `softmax`, 1 for `gelu`) of the
+        qkv_tau, output_tau, ffn_tau: constant τ of the projection. Default: √n (n for L1 norms, 1 for `gelu`) of the
             tokens at creation; None where there are none. Growth never changes it.
-        norm_activation_type: `l2_norm_gelu`, `gelu_l2_norm`, `softmax`, or `gelu`: no normalisation.
+        norm_activation_type: `l2_norm_gelu`, `gelu_l2_norm`, `gelu_l1_norm`, `softmax`, or `gelu`: no
+            normalisation.
         token_group_norm: `joint` or `per_group`: what the scores of a group are normalised with.
         pattention_bias: whether every key and every projection's output has a bias.
         use_parallel_residual: whether attention and feed-forward both read the block's input, as in GPT-NeoX.
         use_qk_norm: whether each head's query and key are divided by their root mean square, without parameters.
         pattention_eps: added to the squared norm of the scores.
-        layer_norm_eps: of the parameter-free norms in the blocks and of the final norm.
+        layer_norm_eps: of the norms in the blocks and of the final norm.
+        elementwise_affine: whether the norms in the blocks have weights and biases, as the final one has.
         initializer_range: standard deviation of new keys, embeddings and query, key, value linear maps. The other
             linear maps take 2 / (num_hidden_layers · √hidden_size), officially "wang_init".
         value_initializer_range: standard deviation of new values, at creation and by growth. Default: "wang_init", too.
@@ -104,6 +106,7 @@ class TokenformerConfig(PreTrainedConfig):
     use_qk_norm: bool = False
     pattention_eps: float = DEFAULT_EPS
     layer_norm_eps: float = 1e-5
+    elementwise_affine: bool = False
     initializer_range: float = 0.02
     value_initializer_range: float | None = None
     max_position_embeddings: int = 2048
@@ -202,12 +205,12 @@ class TokenformerConfig(PreTrainedConfig):
     def base_model_tp_plan(self) -> dict[str, str]:
         """Tensor-parallel plan: every process holds a slice of each group's tokens and adds up norms and outputs.
 
-        Heads stay whole, because a Pattention's output is. Empty for `softmax`, whose norm is not a sum of squares, and
+        Heads stay whole, because a Pattention's output is. Empty for L1 norms, which are no sums of squares, and
         where groups are routed, whose rows are sorted by gates.
         """
         assert self.token_groups is not None and self.linear_projections is not None
         plan: dict[str, str] = {}
-        if self.norm_activation_type == "softmax" or any(group.get("routed") for group in self.token_groups):
+        if self.norm_activation_type in ("softmax", "gelu_l1_norm") or any(g.get("routed") for g in self.token_groups):
             return plan
         plan["embed_tokens"] = "embedding_rowwise"
         for projection, modules in PROJECTIONS.items():

@@ -28,6 +28,10 @@ def sum_of_squares(scores: Sequence[Tensor]) -> Tensor:
     return add_up(torch.linalg.vector_norm(s, dim=-1, keepdim=True, dtype=norm_dtype(s.dtype)).square() for s in scores)
 
 
+def sum_of_sizes(scores: Sequence[Tensor]) -> Tensor:
+    return add_up(torch.linalg.vector_norm(s, ord=1, dim=-1, keepdim=True, dtype=norm_dtype(s.dtype)) for s in scores)
+
+
 def add_up(tensors: Iterable[Tensor]) -> Tensor:
     """Add from left to right; unlike `sum`, without starting from 0."""
     return functools.reduce(operator.add, tensors)
@@ -53,6 +57,10 @@ def token_weights(
     if norm_activation_type == "gelu_l2_norm":
         activated = [F.gelu(s) for s in scores]
         scale = tau * torch.rsqrt(squares(activated) + eps)
+        return [(a * scale).to(a.dtype) for a in activated]
+    if norm_activation_type == "gelu_l1_norm":
+        activated = [F.gelu(s) for s in scores]
+        scale = tau / (sum_of_sizes(activated) + eps)
         return [(a * scale).to(a.dtype) for a in activated]
     joint = torch.cat(list(scores), dim=-1)
     weights = torch.softmax(joint, dim=-1, dtype=norm_dtype(joint.dtype)) * tau

