@@ -3,8 +3,8 @@
     python benchmarks/compare.py                    all of them; hours, and resumable
     python benchmarks/compare.py layer norms        some
 
-Kept are the lines of recipe and runs in results.jsonl, and the report made from these alone. The prose, speeches and a
-novel, is fetched from npm.
+Kept are the lines of recipe and runs in results.jsonl, and the report made from these alone, as Markdown and pictures.
+The prose, speeches and a novel, is fetched from npm.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def keep(name: str) -> None:
     target = RESULTS / name
     target.mkdir(parents=True, exist_ok=True)
     (target / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_report(lines, target)
+    write_report(lines, target).unlink()  # the page says what report.md says, and `tokenformer report` makes it again
 
 
 def summary(name: str) -> str:

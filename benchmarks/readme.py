@@ -133,6 +133,12 @@ def rewriting() -> str:
     return "\n".join(rows)
 
 
+def answer() -> str:
+    """Return the answer to the seeds' question."""
+    headline, *table = compare.summary("seeds-stdlib").split("\n\n")[1:]
+    return "\n\n".join([headline.replace("](../", "]("), *table])
+
+
 def comparisons() -> str:
     """Return the answers of all comparisons that there are results of."""
     there = [name for name in compare.NAMES if (compare.RESULTS / name / "results.jsonl").exists()]
@@ -140,7 +146,7 @@ def comparisons() -> str:
 
 
 PAGES: dict[str, tuple[Callable[[], str], ...]] = {
-    "README.md": (demo, benchmarks),
+    "README.md": (demo, answer, benchmarks),
     "docs/compare.md": (comparisons,),
     "docs/ecosystem.md": (ecosystem, convert),
     "docs/token-groups.md": (rewriting, merging, smollm2_results, continual_results, routing),

@@ -7,11 +7,14 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import traceback
 
 import pytest
 import torch
+import yaml
 from models import tiny
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig
 
@@ -21,6 +24,7 @@ from tokenformer.compare.arms import Run, final_runs, segments, tuning_runs
 from tokenformer.compare.budgets import cost_per_step, counted_flops, optimizer_flops, steps_within
 from tokenformer.compare.methods import METHODS, grow_by
 from tokenformer.compare.recipe import CompareRecipe
+from tokenformer.compare.report import write_report
 from tokenformer.compare.results import Results, read_results
 from tokenformer.compare.run import compare, load_text, rehearse, work
 from tokenformer.errors import DataError, EvaluationError, GrowthError, RecipeError
@@ -377,6 +381,15 @@ def test_nothing_is_computed_again(finished, content):
     assert read_results(folder / "results.jsonl") == lines
 
 
+def test_lines_of_runs_lost_to_a_kill_are_written_again(finished, content, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    kept = [line for line in finished[1] if line["event"] != "run"]
+    (tmp_path / "copy" / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    work(parsed(content), tmp_path / "copy", list(content["arms"]))
+    lines = read_results(tmp_path / "copy" / "results.jsonl")
+    assert sorted(map(timeless, lines)) == sorted(map(timeless, finished[1]))
+
+
 def test_a_parent_that_was_deleted_is_trained_again_for_a_new_child(finished, content, tmp_path):
     shutil.copytree(finished[0], tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "segments")
@@ -390,7 +403,7 @@ def test_a_parent_that_was_deleted_is_trained_again_for_a_new_child(finished, co
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_gives_the_same_results(content, tmp_path, seed):
     dice, kills = random.Random(seed), 0
-    recipe = parsed(content, seeds=[0], learning_rates=[1e-2])
+    recipe = parsed(content, seeds=[0], budgets=[1280], learning_rates=[1e-2])
     whole, killed, began = tmp_path / "whole", tmp_path / "killed", time.monotonic()
     for folder in (whole, killed):
         folder.mkdir()
@@ -436,6 +449,17 @@ def test_two_workers_share_the_work(finished, content, tmp_path):
     assert {timeless(line) for line in lines[1:]} == {timeless(line) for line in finished[1][1:]}
     assert [e for e in events if e["event"] != "progress"] == lines
     assert events[-1]["event"] == "progress" and events[-1]["done"] == events[-1]["total"] > 0
+
+
+@pytest.mark.slow
+def test_torchrun_hands_out_the_arms_and_one_report_takes_them_all(finished, content, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tokenformer", "compare"]
+    done = subprocess.run([*command, "recipe.yaml", "-o", "out"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    lines = read_results(tmp_path / "out" / "results.jsonl")
+    assert {timeless(line) for line in lines[1:]} == {timeless(line) for line in finished[1][1:]}
+    assert "lacks" not in write_report(lines, tmp_path / "report").read_text()
 
 
 @pytest.mark.parametrize(

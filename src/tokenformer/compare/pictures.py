@@ -212,6 +212,6 @@ def _rendered(figure: Figure) -> tuple[bytes, bytes]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names of any script
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-        figure.savefig(png, format="png", dpi=150)
+        figure.savefig(png, format="png", dpi=100)
     text = svg.getvalue().decode().replace(_INK, "currentColor")
     return text.replace("<defs>", f"{_DARK}<defs>", 1).encode(), png.getvalue()

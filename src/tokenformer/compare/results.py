@@ -32,19 +32,20 @@ class Results:
         """Read all lines; what a kill cut short is left out."""
         return read_results(self.path) if self.path.exists() else []
 
-    def add(self, *lines: Line) -> None:
-        """Add the lines that are not there yet."""
+    def add(self, *lines: Line) -> bool:
+        """Add the lines that are not there yet; return whether there were any."""
         with self.lock:
             there = {_key(line) for line in self.lines()}
             new = [json.dumps(line) for line in lines if _key(line) not in there]
             if not new:
-                return
+                return False
             with disk_errors(self.path), self.path.open("a+b") as stream:
                 size = stream.tell()
                 if size:
                     stream.seek(size - 1)
                     new[:0] = [] if stream.read(1) == b"\n" else [""]
                 stream.write("".join(f"{line}\n" for line in new).encode())
+            return True
 
     def begin(self, recipe: CompareRecipe, name: str) -> None:
         """Write down the rules before anything runs.

@@ -34,6 +34,7 @@ from .results import Line, Results
 from .segment import Text, train_segment
 
 _PAUSE = 0.5  # seconds between looks for work, where others hold all there is
+_PATIENCE = 30.0  # seconds for a worker to save its state
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -55,7 +56,7 @@ def compare(
         folder: where everything goes; one that holds a part of this comparison is continued.
         name: of the comparison, for its report.
         workers: processes. Default: one for every GPU, or for every `training.threads` cores.
-        on_event: called with every new line of results, and each second with {"event": "progress", "done", "total"}.
+        on_event: called with every new line of results, and then with {"event": "progress", "done", "total"}.
 
     Raises:
         RecipeError: the recipe makes no sense, or the folder holds another comparison.
@@ -86,12 +87,17 @@ def compare(
             ended = context.join(timeout=1.0)
         except multiprocessing.ProcessRaisedException as error:
             raise TokenformerError(f"a worker failed: {str(error).strip().splitlines()[-1]}") from error
+        except KeyboardInterrupt:
+            for process in context.processes:  # the terminal's Ctrl-C reached them too
+                process.join(_PATIENCE)
+            raise
         lines = results.lines()
         for line in lines[seen:]:
             on_event(line)
+        if len(lines) > seen:
+            done, total = _progress(recipe, arms, lines)
+            on_event({"event": "progress", "done": done, "total": total})
         seen = len(lines)
-        done, total = _progress(recipe, arms, lines)
-        on_event({"event": "progress", "done": done, "total": total})
     return lines
 
 
@@ -139,10 +145,9 @@ def work(recipe: CompareRecipe, folder: Path, arms: Sequence[str]) -> None:
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
     results, text = Results(folder), load_text(recipe, folder)
-    while needed := _unfinished(recipe, arms, results.lines(), folder / "segments"):
+    while needed := _unfinished(recipe, arms, _with_runs(recipe, arms, results), folder / "segments"):
         if not any(_train_unless_held(segment, results, text, folder / "segments") for segment in needed):
             time.sleep(_PAUSE)
-        results.add(*_run_lines(recipe, arms, results.lines()))
 
 
 def _worker(rank: int, devices: list[str], content: str, folder: str, arms: list[str]) -> None:
@@ -216,6 +221,14 @@ def _known_runs(recipe: CompareRecipe, arm: str, lines: list[Line]) -> list[tupl
             return [(run, "tuning") for run in tuning]
         rate = min(tried, key=lambda r: math.inf if tried[r] is None else tried[r])
     return [*((run, "tuning") for run in tuning), *((run, "final") for run in final_runs(recipe, arm, rate))]
+
+
+def _with_runs(recipe: CompareRecipe, arms: Sequence[str], results: Results) -> list[Line]:
+    """Add the lines of runs whose segments are there, until tuning shows no more of them, and return all lines."""
+    lines = results.lines()
+    while results.add(*_run_lines(recipe, arms, lines)):
+        lines = results.lines()
+    return lines
 
 
 def _run_lines(recipe: CompareRecipe, arms: Sequence[str], lines: list[Line]) -> list[Line]:

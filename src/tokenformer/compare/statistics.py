@@ -50,8 +50,8 @@ class Verdict:
     """What can be said about A and B.
 
     Attributes:
-        kind: "better", "slightly better" (less than matters), "equivalent", "same", "cannot tell", "slightly worse",
-            "worse", or "no interval".
+        kind: "better", "slightly better" (less than matters), "perhaps better" (not after correction), "equivalent",
+            "same", "cannot tell", "perhaps worse", "slightly worse", "worse", or "no interval".
         sentence: the same with names and numbers.
     """
 
@@ -118,8 +118,13 @@ def verdict(a: str, b: str, difference: Estimate, *, p: float | None, threshold:
         return Verdict(
             "equivalent", f"no difference as large as {threshold:g} between {a} and {b} (equivalent): {seen}"
         )
-    why = "that may be none or one that matters" if abs(d) <= h else f"p = {p:.2g}, corrected for all comparisons"
-    return Verdict("cannot tell", f"cannot tell {a} from {b}: {seen}; {why}")
+    if abs(d) > h:
+        return Verdict(
+            f"perhaps {word}",
+            f"{a} is perhaps {word} than {b}, {seen}: alone it would count, as one of several comparisons it does not "
+            f"(p = {p:.2g})",
+        )
+    return Verdict("cannot tell", f"cannot tell {a} from {b}: {seen}; that may be none or one that matters")
 
 
 def reached(curve: Curve, target: float) -> float | None:
