@@ -390,6 +390,7 @@ def test_lines_of_runs_lost_to_a_kill_are_written_again(finished, content, tmp_p
     assert sorted(map(timeless, lines)) == sorted(map(timeless, finished[1]))
 
 
+@pytest.mark.slow
 def test_a_parent_that_was_deleted_is_trained_again_for_a_new_child(finished, content, tmp_path):
     shutil.copytree(finished[0], tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "segments")
@@ -400,7 +401,8 @@ def test_a_parent_that_was_deleted_is_trained_again_for_a_new_child(finished, co
     assert {line["budget"] for line in runs(lines, arm="small", purpose="final")} == {1280, 2560, 3200}
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_killed_at_any_moment_gives_the_same_results(content, tmp_path, seed):
     dice, kills = random.Random(seed), 0
     recipe = parsed(content, seeds=[0], budgets=[1280], learning_rates=[1e-2])

@@ -151,8 +151,7 @@ class Pattention(nn.Module):
             linear map, beside which groups can be grown later.
         tau: constant scale of the normalised scores. Default: √N (N for L1 norms, 1 for `gelu`) of the groups the
             layer gets first. Growth never changes it.
-        norm_activation_type: `l2_norm_gelu` (the paper's), `gelu_l2_norm`, `gelu_l1_norm`, `softmax`, or `gelu`: no
-            normalisation.
+        norm_activation_type: `l2_norm_gelu` (paper), `gelu_l2_norm`, `gelu_l1_norm`, `softmax`, or `gelu`: no norm.
         eps: added to the squared norm.
         linear: also keep a bias-free linear map and add its output. Default: only where there are no tokens.
         bias: give every key a bias, and the output one.
