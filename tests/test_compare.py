@@ -174,6 +174,11 @@ def test_results_survive_a_line_cut_short(content, tmp_path):
     assert [line.get("id") for line in read_results(results.path)] == [None, "a", "b"]
 
 
+def test_results_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(RecipeError, match="cannot read results .*none.jsonl: No such file"):
+        read_results(tmp_path / "none.jsonl")
+
+
 # --- Segments ------------------------------------------------------------------------------------------------------
 
 

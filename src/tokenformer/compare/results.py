@@ -65,9 +65,20 @@ class Results:
 
 
 def read_results(path: Path) -> list[Line]:
-    """Read a results file, leaving out what is not a whole line."""
+    """Read a results file, leaving out what is not a whole line.
+
+    Raises:
+        RecipeError: there is no such file, or it is not text.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RecipeError(
+            f"cannot read results {path}: {reason}; `tokenformer compare` writes results.jsonl into its folder"
+        ) from error
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in content.splitlines():
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError:
