@@ -175,7 +175,7 @@ def test_results_survive_a_line_cut_short(content, tmp_path):
 
 
 def test_results_that_are_not_there_are_named(tmp_path):
-    with pytest.raises(RecipeError, match="cannot read results .*none.jsonl: No such file"):
+    with pytest.raises(RecipeError, match=r"cannot read results .*none\.jsonl: No such file"):
         read_results(tmp_path / "none.jsonl")
 
 
