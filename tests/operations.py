@@ -2,6 +2,11 @@
 
 import copy
 import json
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -146,3 +151,27 @@ def same_files(a, b):
 
 def leftovers(folder):
     return sorted(f.name for f in folder.iterdir())
+
+
+def run_and_kill(action: Callable[[], object], seconds: float) -> bool:
+    """Act in a child and kill -9 it after a while; True when it had finished by then."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return True
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False

@@ -1,98 +1,27 @@
-"""The comparison itself: rules, segments, budgets, and what happens when it is cut off."""
-
-import json
-import math
-import operator
-import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
-import traceback
+"""The rules of a comparison, its segments, budgets and text."""
 
 import pytest
 import torch
-import yaml
+from comparisons import SMALL, TOKENS, comparison, parsed
 from models import tiny
-from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from tokenformer import cost, grow
-from tokenformer.compare import run as running
-from tokenformer.compare.arms import Run, final_runs, segments, tuning_runs
+from tokenformer.compare.arms import Run, segments
 from tokenformer.compare.budgets import cost_per_step, counted_flops, optimizer_flops, steps_within
 from tokenformer.compare.methods import METHODS, grow_by
-from tokenformer.compare.recipe import CompareRecipe
-from tokenformer.compare.report import write_report
 from tokenformer.compare.results import Results, read_results
-from tokenformer.compare.run import compare, load_text, rehearse, work
+from tokenformer.compare.run import compare, load_text, rehearse
 from tokenformer.errors import DataError, EvaluationError, GrowthError, RecipeError
 from tokenformer.growth.freeze import freeze_only
-from tokenformer.recipe import parse_recipe, parse_sections
+from tokenformer.recipe import parse_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
-SMALL = {
-    "architecture": "gpt_neox",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-}
-TOKENS = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "qkv_param_tokens": 16,
-    "output_param_tokens": 16,
-    "ffn_param_tokens": 32,
-}
-
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    words = ["to", "be", "or", "not", "that", "is", "the", "question", "whether", "nobler", "slings", "and", "arrows"]
-    dice = random.Random(0)
-    for i in range(20):
-        (folder / f"{i:02}.txt").write_text(f"{i} " + " ".join(dice.choice(words) for _ in range(100)))
-    return folder
-
-
-def comparison(text):
-    """A comparison of two arms that begin alike; it takes half a minute."""
-    return {
-        "question": "Does it pay?",
-        "data": {"source": str(text), "tokenizer": "bytes", "validation_fraction": 0.3},
-        "training": {
-            "batch_size": 4,
-            "sequence_length": 32,
-            "threads": 1,
-            "precision": "float32",
-            "evaluations_per_stage": 1,
-            "save_every": 4,
-        },
-        "equal": "text_tokens",
-        "budgets": [1280, 2560],
-        "seeds": [0, 1],
-        "learning_rates": [1e-3, 1e-2],
-        "tuning_budget": 1280,
-        "rules": {"reference": "small"},
-        "arms": {
-            "small": {"model": SMALL},
-            "widened": {"model": SMALL, "stages": [{"at": 640, "ffn_param_tokens": 64}]},
-        },
-    }
-
-
-@pytest.fixture
-def content(text):
-    return comparison(text)
-
-
-def parsed(content, **changes) -> CompareRecipe:
-    return parse_sections(CompareRecipe, {**content, **changes}, where="recipe")
+def content(tmp_path_factory):
+    return comparison(tmp_path_factory.mktemp("text"))
 
 
 # --- Rules ---------------------------------------------------------------------------------------------------------
@@ -307,188 +236,3 @@ def test_one_held_out_document_is_too_few(content, tmp_path):
     recipe = parsed(content, data={**content["data"], "validation_fraction": 0.01})
     with pytest.raises(DataError, match="1 document is held out"):
         load_text(recipe, tmp_path)
-
-
-# --- Running -------------------------------------------------------------------------------------------------------
-
-TIMES = ("seconds", "curve", "growths", "growth")
-
-
-def timeless(line):
-    """A line without what no two runs have in common: times, and which of the arms that share a segment trained it."""
-    kept = {key: value for key, value in line.items() if key not in TIMES}
-    if line["event"] == "segment":
-        kept.pop("arm")
-    return json.dumps(kept, sort_keys=True)
-
-
-@pytest.fixture(scope="module")
-def finished(text, tmp_path_factory):
-    content, folder, began = comparison(text), tmp_path_factory.mktemp("compare"), time.monotonic()
-    Results(folder).begin(parsed(content), "trial")
-    work(parsed(content), folder, list(content["arms"]))
-    return folder, read_results(folder / "results.jsonl"), time.monotonic() - began
-
-
-def runs(lines, **facts):
-    return [e for e in lines if e["event"] == "run" and all(e[key] == value for key, value in facts.items())]
-
-
-def test_every_arm_is_tuned_then_run_with_every_seed_and_budget(finished, content):
-    recipe, (_, lines, _) = parsed(content), finished
-    for arm in recipe.arms:
-        tuning, final = runs(lines, arm=arm, purpose="tuning"), runs(lines, arm=arm, purpose="final")
-        best = min(tuning, key=lambda line: line["tuning_bits_per_byte"])["learning_rate"]
-        key = operator.itemgetter("arm", "seed", "learning_rate", "budget")
-        assert {key(e) for e in tuning} == {
-            (r.arm, r.seed, r.learning_rate, r.budget) for r in tuning_runs(recipe, arm)
-        }
-        assert {key(e) for e in final} == {
-            (r.arm, r.seed, r.learning_rate, r.budget) for r in final_runs(recipe, arm, best)
-        }
-    assert all(line["bits_per_byte"] != line["tuning_bits_per_byte"] for line in runs(lines))
-
-
-def test_what_a_run_spent_adds_up(finished, content):
-    _, lines, _ = finished
-    done = {line["id"]: line for line in lines if line["event"] == "segment"}
-    assert len(done) < sum(len(line["segments"]) for line in runs(lines))
-    for line in runs(lines):
-        chain = [done[name] for name in line["segments"]]
-        assert [part["parent"] for part in chain] == [None, *line["segments"][:-1]]
-        assert line["text_tokens"] == sum(part["steps"] for part in chain) * 128 == line["budget"]
-        assert line["seconds"] == chain[-1]["seconds"] > chain[0]["seconds"] > 0
-        config = AutoConfig.for_model(**line["config"])
-        assert line["parameters"] == cost.parameters(config)
-        points = [point["text_tokens"] for point in line["curve"]]
-        assert points == sorted(points) and points[-1] == line["budget"]
-        assert line["curve"][-1]["bits_per_byte"] == line["bits_per_byte"]
-    small, widened = (runs(lines, arm=arm, purpose="final", seed=1, budget=2560)[0] for arm in ("small", "widened"))
-    flops = [cost.training_flops(AutoConfig.for_model(**line["config"]), 32) for line in (small, widened)]
-    assert small["training_flops"] == pytest.approx(2560 * flops[0])
-    assert widened["training_flops"] == pytest.approx(640 * flops[0] + 1920 * flops[1])
-
-
-def test_growth_says_what_it_did(finished):
-    _, lines, _ = finished
-    for line in runs(lines, arm="widened"):
-        (growth,) = line["growths"]
-        assert growth["logits_equal"] and growth["bits_per_byte_before"] == growth["bits_per_byte_after"]
-        assert growth["text_tokens"] == 640 and growth["parameters_after"] == line["parameters"]
-    assert not any(line["growths"] for line in runs(lines, arm="small"))
-
-
-def test_nothing_is_computed_again(finished, content):
-    folder, lines, _ = finished
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
-    work(parsed(content), folder, list(content["arms"]))
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert read_results(folder / "results.jsonl") == lines
-
-
-def test_lines_of_runs_lost_to_a_kill_are_written_again(finished, content, tmp_path):
-    shutil.copytree(finished[0], tmp_path / "copy")
-    kept = [line for line in finished[1] if line["event"] != "run"]
-    (tmp_path / "copy" / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-    work(parsed(content), tmp_path / "copy", list(content["arms"]))
-    lines = read_results(tmp_path / "copy" / "results.jsonl")
-    assert sorted(map(timeless, lines)) == sorted(map(timeless, finished[1]))
-
-
-@pytest.mark.slow
-def test_a_parent_that_was_deleted_is_trained_again_for_a_new_child(finished, content, tmp_path):
-    shutil.copytree(finished[0], tmp_path / "copy")
-    shutil.rmtree(tmp_path / "copy" / "segments")
-    more = parsed(content, budgets=[1280, 2560, 3200], arms={"small": content["arms"]["small"]})
-    work(more, tmp_path / "copy", ["small"])
-    lines = read_results(tmp_path / "copy" / "results.jsonl")
-    assert lines[: len(finished[1])] == finished[1]
-    assert {line["budget"] for line in runs(lines, arm="small", purpose="final")} == {1280, 2560, 3200}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_killed_at_any_moment_gives_the_same_results(content, tmp_path, seed):
-    dice, kills = random.Random(seed), 0
-    recipe = parsed(content, seeds=[0], budgets=[1280], learning_rates=[1e-2])
-    whole, killed, began = tmp_path / "whole", tmp_path / "killed", time.monotonic()
-    for folder in (whole, killed):
-        folder.mkdir()
-        Results(folder).begin(recipe, "trial")
-    assert work_and_kill(recipe, whole, math.inf)
-    usual = time.monotonic() - began
-    while not work_and_kill(recipe, killed, usual * dice.uniform(0.1, 0.4 + kills / 20)):
-        kills += 1
-    assert kills >= 2
-    mine, theirs = (read_results(folder / "results.jsonl") for folder in (killed, whole))
-    assert {timeless(line) for line in mine[1:]} == {timeless(line) for line in theirs[1:]}
-    assert not list(killed.rglob("*.partial"))
-
-
-def work_and_kill(recipe, folder, seconds) -> bool:
-    """Work in a child and kill -9 it after a while; True when it had finished by then."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work(recipe, folder, list(recipe.arms))
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert os.waitstatus_to_exitcode(status) == 0
-            return True
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
-
-
-@pytest.mark.slow
-def test_two_workers_share_the_work(finished, content, tmp_path):
-    events = []
-    lines = compare(parsed(content), tmp_path, name="trial", workers=2, on_event=events.append)
-    assert {timeless(line) for line in lines[1:]} == {timeless(line) for line in finished[1][1:]}
-    assert [e for e in events if e["event"] != "progress"] == lines
-    assert events[-1]["event"] == "progress" and events[-1]["done"] == events[-1]["total"] > 0
-
-
-@pytest.mark.slow
-def test_torchrun_hands_out_the_arms_and_one_report_takes_them_all(finished, content, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tokenformer", "compare"]
-    done = subprocess.run([*command, "recipe.yaml", "-o", "out"], cwd=tmp_path, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    lines = read_results(tmp_path / "out" / "results.jsonl")
-    assert {timeless(line) for line in lines[1:]} == {timeless(line) for line in finished[1][1:]}
-    assert "lacks" not in write_report(lines, tmp_path / "report").read_text()
-
-
-@pytest.mark.parametrize(
-    ("environment", "share"),
-    [
-        ({}, (0, 1)),
-        ({"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}, (2, 3)),
-        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}, (2, 4)),
-        (
-            {
-                "SLURM_ARRAY_TASK_ID": "8",
-                "SLURM_ARRAY_TASK_MIN": "0",
-                "SLURM_ARRAY_TASK_COUNT": "3",
-                "SLURM_ARRAY_TASK_STEP": "4",
-            },
-            (2, 3),
-        ),
-    ],
-)
-def test_arms_are_handed_out(monkeypatch, environment, share):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_ARRAY_TASK_ID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert running._share() == share

@@ -1,15 +1,14 @@
 import copy
 import json
-import os
 import random
 import shutil
 import signal
 import time
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from operations import run_and_kill
 from safetensors.torch import load_file
 
 from tokenformer.checkpoint import load_checkpoint, read_config, verify_checkpoint
@@ -135,37 +134,17 @@ def test_old_parameters_keep_their_optimizer_state_and_new_ones_start_theirs(fin
     assert sorted(steps) == [11, 22, 22]
 
 
-def run_and_kill(recipe, folder, seconds) -> bool:
-    """Train in a child and kill -9 it after a while; True when it had finished by then."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            train(recipe, folder, resume=(folder / "recipe.yaml").exists())
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert os.waitstatus_to_exitcode(status) == 0
-            return True
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
-
-
 @pytest.mark.parametrize(
     "seed", [0, 1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
 )
 def test_killed_at_any_moment_resumes_to_the_same_bits(finished, content, tmp_path, seed):
     dice = random.Random(seed)
     recipe, folder, kills = parse_recipe(content), tmp_path / "run", 0
-    while not run_and_kill(recipe, folder, finished[3] * dice.uniform(0.05, 0.3 + kills / 20)):
+
+    def go():
+        train(recipe, folder, resume=(folder / "recipe.yaml").exists())
+
+    while not run_and_kill(go, finished[3] * dice.uniform(0.05, 0.3 + kills / 20)):
         kills += 1
     assert kills >= 2
     for mine, theirs in zip(sorted(folder.glob("stage?")), finished[1], strict=True):

@@ -42,6 +42,11 @@ def matrix_parameters(config: Any) -> int:
     return sum(m.weight.numel() for m in _model(config).modules() if isinstance(m, nn.Linear | Conv1D))
 
 
+def block_parameters(config: Any) -> int:
+    """Weights of the linear maps in the blocks: without embedding and output head."""
+    return matrix_parameters(config) - config.vocab_size * config.hidden_size
+
+
 def forward_flops(config: Any, context: int) -> float:
     """FLOPs per text token of one forward pass over `context` text tokens.
 

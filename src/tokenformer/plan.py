@@ -6,6 +6,7 @@ A YAML file is a `Plan`, field for field; recipes/plan/paper.yaml is one.
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +14,13 @@ from typing import Any, NamedTuple
 from pydantic import Field, model_validator
 from rich import box
 from rich.table import Table
+from transformers import AutoConfig
 
 from . import cost
+from .errors import TokenformerError
 from .recipe import Section, model_config, read_sections
+from .rule import WORTH_OF_PARAMETERS, Bargain, held_curve, slope
+from .stage import read_log
 
 
 class Device(NamedTuple):
@@ -93,17 +98,22 @@ class HardwareSection(Section):
 class Run(Section):
     """A model, and the text that it is trained on."""
 
-    model: str | dict[str, Any]
+    model: str | dict[str, Any] = ""
     """A preset, such as 354m; or `architecture` (default: tokenformer) and fields of its configuration in transformers'
     names, which may change a `preset`."""
-    text_tokens: float = Field(gt=0)
+    text_tokens: float = Field(0, ge=0)
     """Text tokens of this run alone."""
+    run: Path | None = None
+    """Instead of both, for the first of `grown`: the folder of a training run, its last model and all the text it read.
+    Its log then says whether to grow now."""
     published_hours: float | None = Field(None, gt=0)
     """Device hours that someone reports for it, all stages before it included: shown beside the computed ones."""
 
     @model_validator(mode="after")
     def _makes_a_model(self) -> Run:
-        _ = self.config
+        if (self.run is None) != bool(self.model and self.text_tokens):
+            raise ValueError("give model and text_tokens, or run: the folder of a training run")
+        _ = self.config, self.text
         return self
 
     @cached_property
@@ -111,13 +121,30 @@ class Run(Section):
         """The configuration.
 
         Raises:
-            ValueError: as `recipe.model_config`.
+            ValueError: as `recipe.model_config`, or `run` holds no finished stage.
         """
-        return model_config({"preset": self.model} if isinstance(self.model, str) else self.model)
+        if self.run is None:
+            return model_config({"preset": self.model} if isinstance(self.model, str) else self.model)
+        stages = sorted(self.run.glob("stage*/config.json"), key=lambda path: int(path.parent.name[5:]))
+        if not stages:
+            raise ValueError(f"{self.run} is no folder of a training run with a finished stage")
+        return AutoConfig.from_pretrained(stages[-1].parent)
+
+    @cached_property
+    def events(self) -> list[dict[str, Any]]:
+        """What the log of `run` says."""
+        return [] if self.run is None else read_log(self.run)
+
+    @property
+    def text(self) -> float:
+        """Text tokens of this run alone, given or read off its log."""
+        return self.text_tokens if self.run is None else self.events[-1]["text_tokens_seen"]
 
     @property
     def label(self) -> str:
         """Name for a table."""
+        if self.run is not None:
+            return str(self.run)
         if isinstance(self.model, str):
             return self.model
         if "preset" in self.model:
@@ -190,7 +217,28 @@ class Plan(Section):
             raise ValueError(
                 f"published_hours of grown are {hours}; each includes the stages before, so they must rise"
             )
+        if any(run.run for run in (*self.grown[1:], *self.scratch)):
+            raise ValueError("only the first of grown can be a run: that which the others grow from")
         return self
+
+    def bargain(self) -> Bargain:
+        """Say what growing to the second model gives and takes, beside training the run's own model on for its FLOPs.
+
+        Raises:
+            TokenformerError: the run's log is too short to tell its slope.
+        """
+        run, after = self.grown[0], self.grown_costs[1]
+        curve = held_curve(run.events)
+        found = slope(curve, curve[-1][0]) if curve else None
+        if found is None:
+            raise TokenformerError(
+                f"the log of {run.run} has {len(curve)} evaluations of its last model at the full learning rate, which "
+                "do not span its last doubling of text: growing cannot be weighed. Train with schedule constant or "
+                "wsd and a larger evaluations_per_stage"
+            )
+        trained_on = run.text + after.training_flops / cost.training_flops(run.config, self.context)
+        sizes = [cost.block_parameters(config) for config in (run.config, self.grown[1].config)]
+        return Bargain(found, math.log2(sizes[1] / sizes[0]), math.log2(trained_on / after.total_text_tokens))
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -256,6 +304,8 @@ def conclusions(plan: Plan) -> list[str]:
             f"For the FLOPs of growing, {scratch.label} could read {_short(affordable)} text tokens.",
             "Which is then better no plan can say: `tokenformer compare` measures it.",
         ]
+    if plan.grown[0].run and len(plan.grown) > 1:
+        said.append(_advice(plan))
     implied = [c.implied_utilisation for c in costs if c.implied_utilisation is not None]
     if implied:
         said.append(
@@ -265,18 +315,31 @@ def conclusions(plan: Plan) -> list[str]:
     return said
 
 
+def _advice(plan: Plan) -> str:
+    bargain = plan.bargain()
+    return (
+        f"{'Grow now' if bargain.pays() else 'Train on'}: {plan.grown[0].run} gains {bargain.slope:.3f} bits per byte "
+        f"in a doubling of its text. For the same FLOPs, growing to {plan.grown_costs[1].label} gives up "
+        f"{bargain.text:.2f} doublings of text for {bargain.parameters:.2f} of parameters, {bargain.price:.4f} bits "
+        f"per byte for one; in this project's comparison one was worth {WORTH_OF_PARAMETERS} (docs/compare.md says how "
+        "far to trust that)."
+    )
+
+
 def _cost(plan: Plan, run: Run, before: Cost | None) -> Cost:
     hardware = plan.hardware
-    flops = cost.training_flops(run.config, plan.context) * run.text_tokens
+    flops = cost.training_flops(run.config, plan.context) * run.text
+    if run.run:
+        flops = run.events[-1]["training_flops"]
     earlier = before.total_published_hours if before else 0.0
     published = None if run.published_hours is None or earlier is None else run.published_hours - earlier
     return Cost(
         label=run.label,
         parameters=cost.parameters(run.config),
         memory_bytes=cost.training_bytes(run.config) / (hardware.count if hardware.sharded else 1),
-        text_tokens=run.text_tokens,
+        text_tokens=run.text,
         training_flops=flops,
-        total_text_tokens=run.text_tokens + (before.total_text_tokens if before else 0),
+        total_text_tokens=run.text + (before.total_text_tokens if before else 0),
         total_flops=flops + (before.total_flops if before else 0),
         published_hours=published,
         total_published_hours=run.published_hours,

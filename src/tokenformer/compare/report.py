@@ -11,6 +11,7 @@ import yaml
 
 from ..checkpoint import disk_errors
 from .conclusions import answer, counted, limits
+from .decision import decision
 from .findings import Findings
 from .page import Block, Bullets, Code, Heading, Picture, html_page, markdown_page
 from .pictures import draw_curves, draw_differences
@@ -51,6 +52,7 @@ def report(findings: Findings) -> Iterator[Block]:
     yield from figures(findings)
     yield from results(findings)
     yield from savings(findings)
+    yield from decision(findings)
     yield from growths(findings)
     yield from attention(findings)
     yield from equality(findings)

@@ -183,9 +183,15 @@ def _train_unless_held(segment: Segment, results: Results, text: Text, folder: P
 
 
 def _unfinished(recipe: CompareRecipe, arms: Sequence[str], lines: list[Line], folder: Path) -> list[Segment]:
-    """Return the segments to train, parents first; one that is there is trained again where its checkpoint is gone."""
+    """Return the segments to train, parents first; one that is there is trained again where its checkpoint is gone.
+
+    A run whose line is there needs none: results can be added to without the segments that led to them.
+    """
     done, found = _segment_lines(lines), dict[str, Segment]()
-    for run in (run for arm in arms for run, _ in _known_runs(recipe, arm, lines)):
+    ended = {_run_key(line) for line in lines if line["event"] == "run"}
+    for run, purpose in (known for arm in arms for known in _known_runs(recipe, arm, lines)):
+        if (run, purpose) in ended:
+            continue
         needed: list[Segment] = []
         for segment in reversed(segments(recipe, run)):
             if segment.id in done and (not needed or _is_there(segment, done, folder)):
@@ -253,6 +259,11 @@ def _run_lines(recipe: CompareRecipe, arms: Sequence[str], lines: list[Line]) ->
                 }
             )
     return found
+
+
+def _run_key(line: Line) -> tuple[Run, str]:
+    run = Run(*(line[field.name] for field in dataclasses.fields(Run)))
+    return run, line["purpose"]
 
 
 def _is_there(segment: Segment, done: dict[str, Line], folder: Path) -> bool:

@@ -1,0 +1,157 @@
+"""When growing paid, and what a doubling of parameters was worth: the rule of `tokenformer.rule`, fitted and tested.
+
+Every arm that grows, beside the same first model trained on, is a choice at each budget beyond its first growth. The
+rule is fitted to all budgets but the largest, and tested on that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from transformers import AutoConfig
+
+from .. import cost
+from ..rule import WORTH_OF_PARAMETERS, Bargain, slope
+from .findings import Findings
+from .page import Block, Heading, Paragraph, Table, scientific
+from .results import Line
+from .statistics import Estimate, paired_difference
+
+
+@dataclass(frozen=True)
+class Choice:
+    """To grow, or to train on.
+
+    Attributes:
+        arm: that grows, and `base`: that does not.
+        at: of the first growth, and `budget`: of both in the end, in the recipe's unit.
+        bargain: what could be known at the time of growing.
+        gain: bits per byte by which growing came out better; negative if it did not pay.
+    """
+
+    arm: str
+    base: str
+    at: float
+    budget: float
+    bargain: Bargain
+    gain: Estimate
+
+
+def choices(findings: Findings) -> list[Choice]:
+    """Return all choices whose outcome is there, and whose slope can be told from the base's evaluations."""
+    return [
+        choice
+        for arm in findings.arms
+        if findings.grown(arm) and (base := findings.own_base(arm)) is not None
+        for budget in findings.budgets_of(arm)
+        if (choice := _choice(findings, arm, base, budget)) is not None
+    ]
+
+
+def fitted_worth(several: Sequence[Choice]) -> float | None:
+    """Return the worth of a doubling of parameters by which choosing loses least; None if any or none would do.
+
+    Of all numbers that are as good, the geometric middle.
+    """
+    prices = sorted({choice.bargain.price for choice in several if choice.bargain.price > 0})
+    between = [math.sqrt(low * high) for low, high in pairwise(prices)]
+    if not between:
+        return None
+    lost = [lost_by(several, worth) for worth in between]
+    always, never = lost_by(several, math.inf), lost_by(several, 0.0)
+    if min(lost) >= min(always, never):
+        return None
+    best = [i for i, value in enumerate(lost) if math.isclose(value, min(lost), abs_tol=1e-12)]
+    return math.sqrt(prices[best[0]] * prices[best[-1] + 1])
+
+
+def lost_by(several: Sequence[Choice], worth: float) -> float:
+    """Return the bits per byte lost on average to always choosing right; a worth of 0 never grows, inf always does."""
+    return math.fsum(max(c.gain.mean, 0.0) - c.gain.mean * c.bargain.pays(worth) for c in several) / len(several)
+
+
+def right(several: Sequence[Choice], worth: float) -> int:
+    """Count the choices that come out right."""
+    return sum(choice.bargain.pays(worth) == (choice.gain.mean > 0) for choice in several)
+
+
+def decision(findings: Findings) -> Iterator[Block]:
+    """Tabulate all choices; fit, and test on the largest budget."""
+    every = choices(findings)
+    if not every:
+        return
+    last = max(choice.budget for choice in every)
+    earlier, latest = ([c for c in every if (c.budget == last) == is_last] for is_last in (False, True))
+    yield Heading("Grow now, or train on?")
+    yield Paragraph(
+        "At equal cost a grown model reads less text. Text given up and parameters gained (in the blocks' maps) are in "
+        "doublings, the slope in bits per byte per doubling of text, just before growing at constant learning rate. "
+        "Price: slope × text given up ÷ parameters gained, in bits per byte. The rule grows where the price is below "
+        "what a doubling of parameters is worth."
+    )
+    worth = fitted_worth(earlier)
+    if worth is None:
+        yield Paragraph("On the budgets but the largest no such worth does better than always, or never, growing.")
+    else:
+        yield Paragraph(f"Fitted to all budgets but the largest, it is worth {worth:.3f}.")
+    for name, value in (("The worth fitted here", worth), ("The worth `tokenformer plan` has", WORTH_OF_PARAMETERS)):
+        if value is not None:
+            yield Paragraph(f"{name}, {value:.3f}, on the largest budget: {_tested(latest, value)}")
+    yield Table(
+        ["arm", "grows at", findings.unit, "slope", "text given up", "parameters gained", "price", "gained by growing"],
+        [
+            [
+                c.arm,
+                scientific(c.at),
+                scientific(c.budget),
+                f"{c.bargain.slope:.3f}",
+                f"{c.bargain.text:.2f}",
+                f"{c.bargain.parameters:.2f}",
+                f"{c.bargain.price:.4f}",
+                f"{c.gain}".replace("-", "−"),
+            ]
+            for c in sorted(every, key=lambda c: (c.budget, c.bargain.price))
+        ],
+    )
+
+
+def _tested(several: Sequence[Choice], worth: float) -> str:
+    return (
+        f"{right(several, worth)} of {len(several)} choices right, {lost_by(several, worth):.4f} bits per byte lost "
+        f"on average; always growing loses {lost_by(several, math.inf):.4f}, never growing {lost_by(several, 0.0):.4f}."
+    )
+
+
+def _choice(findings: Findings, arm: str, base: str, budget: float) -> Choice | None:
+    at, grown, plain = (
+        findings.recipe.arms[arm].stages[0].at,
+        findings.finals[arm, budget],
+        findings.finals.get((base, budget), {}),
+    )
+    slopes = [found for line in findings.runs(base) if (found := _slope(findings, line, at)) is not None]
+    if not plain or not slopes or not any(line["growths"] for line in grown.values()):
+        return None
+    text = findings.mean(base, budget, "text_tokens") / findings.mean(arm, budget, "text_tokens")
+    sizes = [
+        cost.block_parameters(AutoConfig.for_model(**next(iter(runs.values()))["config"])) for runs in (grown, plain)
+    ]
+    confidence = findings.recipe.rules.confidence
+    gain = paired_difference(findings.values(base, budget), findings.values(arm, budget), confidence=confidence)
+    bargain = Bargain(math.fsum(slopes) / len(slopes), math.log2(sizes[0] / sizes[1]), math.log2(text))
+    return Choice(arm, base, at, budget, bargain, gain)
+
+
+def _slope(findings: Findings, line: Line, at: float) -> float | None:
+    """Return the slope of a never-grown run just before `at`, its decay left out."""
+    recipe = findings.recipe
+    training = recipe.training_of(line["arm"])
+    if training.schedule == "cosine" or not line["curve"]:
+        return None
+    held = line["budget"] * (1 - (training.decay if training.schedule == "wsd" else 0.0))
+    spent = recipe.equal
+    curve = [(p["text_tokens"], p["bits_per_byte"]) for p in line["curve"] if p[spent] <= held * (1 + 1e-3)]
+    finite = [(text, bits) for text, bits in curve if bits is not None]
+    return slope(finite, at * line["text_tokens"] / line[spent])
