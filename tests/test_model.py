@@ -172,7 +172,15 @@ def test_preset_parameter_counts(name):
     with torch.device("meta"):
         model = TokenformerForCausalLM(config)
     count = sum(p.numel() for p in model.parameters())
-    assert count == PINNED[name.removesuffix("-ffn")] == parameters(config)
+    assert count == PINNED[name.removesuffix("-ffn").removesuffix("-parallel")] == parameters(config)
+
+
+def test_parallel_presets_are_the_ffn_family_with_another_residual():
+    for name in PINNED:
+        mine, theirs = (TokenformerConfig.from_preset(f"{name}-{family}") for family in ("parallel", "ffn"))
+        assert mine.use_parallel_residual and not theirs.use_parallel_residual
+        changed = {k for k, v in mine.to_dict().items() if theirs.to_dict()[k] != v}
+        assert changed == {"use_parallel_residual"}
 
 
 def test_official_state_dicts_have_our_counts():

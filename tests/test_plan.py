@@ -1,5 +1,7 @@
 """Plans: arithmetic against independent formulas, planted mistakes, and the paper's series through the command."""
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -7,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from tokenformer import TokenformerConfig
 from tokenformer.cli_compare import comparisons
-from tokenformer.errors import RecipeError
+from tokenformer.errors import RecipeError, TokenformerError
 from tokenformer.plan import DEVICES, HardwareSection, Plan, conclusions, cost_table, read_plan
 from tokenformer.recipe import parse_sections
 
@@ -179,6 +182,57 @@ def test_equal_text_and_parameters_are_called_equal():
 )
 def test_refusals(sections, message):
     assert message in refusal(**sections)
+
+
+def write_log(run, slope):
+    """As `train` writes it: `slope` bits per byte a doubling of text, then a decay; 128 text tokens cost 1e9 FLOPs."""
+    with (run / "log.jsonl").open("w") as stream:
+        for i in range(1, 11):
+            held, seen = i <= 8, {"text_tokens_seen": 128 * i, "training_flops": 1e9 * i}
+            bits = 5 - slope * math.log2(i) if held else 1.0
+            rate = 1e-3 if held else 1e-4
+            event = {"event": "evaluation", "bits_per_byte": bits, "learning_rate": rate}
+            stream.write(json.dumps({**event, **seen}) + "\n")
+
+
+@pytest.fixture
+def trained(tmp_path):
+    run = tmp_path / "run"
+    TokenformerConfig(**TINY).save_pretrained(run / "stage1")
+    write_log(run, 0.4)
+    return run
+
+
+def test_a_run_is_a_plans_first_stage_and_says_whether_to_grow(trained):
+    grown = plan(grown=[{"run": trained}, {"model": BIG, "text_tokens": 1280}])
+    first, second = grown.grown_costs
+    assert (first.label, first.text_tokens, first.training_flops) == (str(trained), 1280, 1e10)
+    assert second.total_flops == 1e10 + second.training_flops
+    bargain = grown.bargain()
+    assert bargain.slope == pytest.approx(0.4)
+    # 6 · (10240 + 4096) + 12 · 2 · 32 · 16 FLOPs a text token against 6 · 10240 + 12 · 2 · 32 · 16.
+    assert bargain.text == pytest.approx(math.log2((1280 + 1280 * (98304 / 73728)) / 2560))
+    assert bargain.parameters == pytest.approx(math.log2((10240 - 4096 + 4096) / (10240 - 4096)))
+    [said] = conclusions(grown)
+    assert said.startswith(f"Train on: {trained} gains 0.400 bits per byte in a doubling of its text.")
+    write_log(trained, 0.004)
+    [said] = conclusions(plan(grown=[{"run": trained}, {"model": BIG, "text_tokens": 1280}]))
+    assert said.startswith("Grow now")
+
+
+def test_a_run_that_cannot_be_weighed_is_refused(trained, tmp_path):
+    assert "is no folder of a training run" in refusal(grown=[{"run": tmp_path}])
+    assert "give model and text_tokens, or run" in refusal(grown=[{"run": trained, "model": TINY, "text_tokens": 1}])
+    assert "give model and text_tokens, or run" in refusal(grown=[{"model": TINY}])
+    assert "only the first of grown" in refusal(grown=[{"model": TINY, "text_tokens": 1}, {"run": trained}])
+    stages = [{"run": trained}, {"model": BIG, "text_tokens": 1}]
+    assert "nothing to weigh" in refusal(grown=[stages[0], {"model": TINY, "text_tokens": 1}])
+    log = (trained / "log.jsonl").read_text().splitlines()
+    (trained / "log.jsonl").write_text("\n".join([*log[:2], log[-1]]))
+    assert plan(grown=stages[:1]).grown_costs[0].training_flops == 1e10
+    (trained / "log.jsonl").write_text("\n".join(log[-3:]))
+    with pytest.raises(TokenformerError, match="has 1 evaluations of its last model at the full learning rate"):
+        conclusions(plan(grown=stages))
 
 
 def test_help_names_every_device():

@@ -69,21 +69,16 @@ def event(kind, tokens, **facts):
 
 def test_held_curve_leaves_out_warm_up_decay_and_earlier_models():
     log = [
-        event("train", 100, learning_rate=1e-3),
-        event("evaluation", 100, bits_per_byte=5.0),
+        event("evaluation", 100, learning_rate=2e-3, bits_per_byte=5.0),
         event("growth", 100),
         event("train", 150, learning_rate=2e-4),
-        event("evaluation", 160, bits_per_byte=4.5),
-        event("train", 200, learning_rate=1e-3),
-        event("evaluation", 210, bits_per_byte=4.0),
-        event("train", 300, learning_rate=1e-3),
-        event("evaluation", 300, bits_per_byte=3.5),
-        event("train", 300, learning_rate=1e-3),
-        event("evaluation", 350, bits_per_byte=3.0),
-        event("train", 400, learning_rate=5e-4),
-        event("evaluation", 400, bits_per_byte=2.0),
+        event("evaluation", 160, learning_rate=2e-4, bits_per_byte=4.5),
+        event("evaluation", 210, learning_rate=1e-3, bits_per_byte=4.0),
+        event("evaluation", 300, learning_rate=1e-3, bits_per_byte=3.5),
+        event("evaluation", 400, learning_rate=5e-4, bits_per_byte=2.0),
     ]
     assert held_curve(log) == [(210, 4.0), (300, 3.5)]
+    assert held_curve(log[:1]) == [(100, 5.0)]
 
 
 def results(slopes, *, gained):

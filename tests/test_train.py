@@ -80,6 +80,17 @@ def is_frozen(name: str, config) -> bool:
     return (".base." in name and f"layers.{new}." not in name) or "embed_tokens" in name
 
 
+def test_log_holds_every_training_loss_also_where_it_is_evaluated(finished, content):
+    events, every = read_log(finished[0]), content["training"]["log_every"]
+    for stage in (1, 2):
+        of_stage = [e for e in events if e.get("stage") == stage]
+        steps = {kind: [e["step"] for e in of_stage if e["event"] == kind] for kind in ("train", "evaluation")}
+        assert steps["train"] == list(range(every, of_stage[-1]["step"] + 1, every))
+        assert set(steps["train"]) & set(steps["evaluation"])
+    rates = [e["learning_rate"] for e in events if e["event"] == "evaluation"]
+    assert rates[-1] < max(rates) == parse_recipe(content).training.learning_rate
+
+
 def test_stages_grow_the_model_and_the_lineage_adds_up(finished, content):
     _, checkpoints, events, _ = finished
     configs, costs = [], 0.0

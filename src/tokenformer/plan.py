@@ -126,8 +126,8 @@ class Run(Section):
         if self.run is None:
             return model_config({"preset": self.model} if isinstance(self.model, str) else self.model)
         stages = sorted(self.run.glob("stage*/config.json"), key=lambda path: int(path.parent.name[5:]))
-        if not stages:
-            raise ValueError(f"{self.run} is no folder of a training run with a finished stage")
+        if not stages or not (self.run / "log.jsonl").exists():
+            raise ValueError(f"{self.run} is no folder of a training run: there is no finished stage in it, or no log")
         return AutoConfig.from_pretrained(stages[-1].parent)
 
     @cached_property
@@ -219,6 +219,8 @@ class Plan(Section):
             )
         if any(run.run for run in (*self.grown[1:], *self.scratch)):
             raise ValueError("only the first of grown can be a run: that which the others grow from")
+        if self.grown[0].run and len(sizes) > 1 and sizes[1] == sizes[0]:
+            raise ValueError(f"grown.1 is as large as {self.grown[0].run}: there is nothing to weigh")
         return self
 
     def bargain(self) -> Bargain:

@@ -74,6 +74,8 @@ class ModelSection(Section):
     """Give the norms in the blocks weights and biases. Default: no (paper)."""
     use_qk_norm: bool | None = None
     """Divide each head's query and key by their root mean square, before the rotary embedding. Default: no (paper)."""
+    use_parallel_residual: bool | None = None
+    """Let attention and feed-forward both read the block's input, as in GPT-NeoX. Default: no (paper)."""
     value_initializer_range: float | None = Field(None, gt=0)
     """Standard deviation of new values, of the first stage and of growth. Default: 2 / (blocks · √hidden_size)."""
     checkpoint: str | None = None

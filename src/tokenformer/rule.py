@@ -70,13 +70,6 @@ def held_curve(events: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
         events: of its log.jsonl; what came before the last growth is left out, and warm-up and decay, too.
     """
     grown = [i for i, event in enumerate(events) if event["event"] == "growth"]
-    last = events[grown[-1] :] if grown else events
-    rates = [event["learning_rate"] for event in last if "learning_rate" in event]
-    found, current = [], 0.0
-    for i, event in enumerate(last):
-        current = event.get("learning_rate", current)
-        if event["event"] == "evaluation" and event["bits_per_byte"] is not None:
-            following = next((later["learning_rate"] for later in last[i:] if "learning_rate" in later), current)
-            if min(current, following) >= 0.99 * max(rates, default=0.0):
-                found.append((event["text_tokens_seen"], event["bits_per_byte"]))
-    return found
+    last = [event for event in events[grown[-1] if grown else 0 :] if event["event"] == "evaluation"]
+    full = max((event["learning_rate"] for event in last), default=0.0)
+    return [(e["text_tokens_seen"], e["bits_per_byte"]) for e in last if e["learning_rate"] >= 0.99 * full]

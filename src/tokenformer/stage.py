@@ -244,14 +244,16 @@ class StageRun(TrainerCallback):
             evaluation = self.evaluation = self._evaluate(self.model)
             assert self.began is not None
             self.began += time.perf_counter() - started
+            due = control.should_log  # logging the validation would take the training loss's turn
             self.trainer.log({"eval_loss": evaluation.loss, "eval_bits_per_byte": evaluation.bits_per_byte})
+            control.should_log = due
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "eval_loss" in logs:
             facts = {"loss": logs["eval_loss"], "bits_per_byte": logs["eval_bits_per_byte"]}
-            self._emit("evaluation", state.global_step, **facts)
+            self._emit("evaluation", state.global_step, **facts, learning_rate=self.rate(state.global_step - 1))
         elif "loss" in logs:
             facts = {name: float(logs[name]) for name in ("loss", "learning_rate", "grad_norm") if name in logs}
             self._emit("train", state.global_step, **facts)

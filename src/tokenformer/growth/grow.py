@@ -273,11 +273,12 @@ def _preset_totals(config: Any, preset: str) -> dict[str, Amount | None]:
     if config.model_type != "tokenformer":
         raise GrowthError(f"presets are sizes of TokenFormers; this is a {config.model_type!r} model: give totals")
     sizes = PRESETS[preset]
-    for field in ("hidden_size", "num_attention_heads"):
-        if sizes[field] != getattr(config, field):
+    for field in ("hidden_size", "num_attention_heads", "use_parallel_residual"):
+        if sizes.get(field, False) != getattr(config, field):
             raise GrowthError(
-                f"preset {preset!r} has {field} {sizes[field]}, the model {getattr(config, field)}; growth adds "
-                "parameter tokens and blocks but keeps the width: choose a preset of the model's width, or give totals"
+                f"preset {preset!r} has {field} {sizes.get(field, False)}, the model {getattr(config, field)}; growth "
+                "adds parameter tokens and blocks and keeps all else: choose a preset that fits the model, or give "
+                "totals"
             )
     return {f: sizes[f] for f in (*(f"{p}_param_tokens" for p in PROJECTIONS), "num_hidden_layers")}
 

@@ -230,7 +230,7 @@ class TokenformerConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "TokenformerConfig":
-        """Return the named size, for example `"150m"` or `"150m-ffn"`; see `PRESETS`.
+        """Return the named size, for example `"150m"`, `"150m-ffn"` or `"150m-parallel"`; see `PRESETS`.
 
         Raises:
             ValueError: unknown name.
@@ -291,4 +291,10 @@ _PAPER_PRESETS = {
     "8m": _preset(8, 256, 8, 256, 1024, **_LAPTOP),
     "24m": _preset(10, 384, 6, 384, 1536, **_LAPTOP),
 }
-PRESETS: dict[str, dict[str, int]] = _PAPER_PRESETS | {f"{n}-ffn": _ffn_family(p) for n, p in _PAPER_PRESETS.items()}
+_FFN_PRESETS = {f"{name}-ffn": _ffn_family(preset) for name, preset in _PAPER_PRESETS.items()}
+# The family to choose where nothing speaks for another: docs/compare.md.
+_PARALLEL_PRESETS = {
+    f"{name}-parallel": {**_ffn_family(preset), "use_parallel_residual": True}
+    for name, preset in _PAPER_PRESETS.items()
+}
+PRESETS: dict[str, dict[str, int]] = _PAPER_PRESETS | _FFN_PRESETS | _PARALLEL_PRESETS
