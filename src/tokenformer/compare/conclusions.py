@@ -65,10 +65,11 @@ def _sentences(findings: Findings) -> Iterator[str]:
     best, against = ranking[0], findings.contrasts(budget, reference)
     if findings.missing():
         yield "Not all runs are there: what lacks or diverged is listed below."
-    grows = "grows" if findings.grown(best) else "never grows"
+    some = any(findings.grown(arm) for arm in findings.arms)
+    grows = f", which {'grows' if findings.grown(best) else 'never grows'}," if some else ""
     which = "the largest budget" if budget == findings.budgets[-1] else "the largest budget that all arms have reached"
     yield (
-        f"At {findings.at(budget)}, {which}, {best}, which {grows}, comes out best of "
+        f"At {findings.at(budget)}, {which}, {best}{grows} comes out best of "
         f"{counted(len(ranking), 'arm')}: {findings.score(best, budget)} bits per byte "
         f"({counted(len(findings.values(best, budget)), 'seed')})."
     )
