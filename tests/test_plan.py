@@ -223,6 +223,7 @@ def test_a_run_is_a_plans_first_stage_and_says_whether_to_grow(trained):
 def test_a_run_that_cannot_be_weighed_is_refused(trained, tmp_path):
     assert "is no folder of a training run" in refusal(grown=[{"run": tmp_path}])
     assert "give model and text_tokens, or run" in refusal(grown=[{"run": trained, "model": TINY, "text_tokens": 1}])
+    assert "give model and text_tokens, or run" in refusal(grown=[{"run": trained, "text_tokens": 1}])
     assert "give model and text_tokens, or run" in refusal(grown=[{"model": TINY}])
     assert "only the first of grown" in refusal(grown=[{"model": TINY, "text_tokens": 1}, {"run": trained}])
     stages = [{"run": trained}, {"model": BIG, "text_tokens": 1}]
@@ -233,6 +234,11 @@ def test_a_run_that_cannot_be_weighed_is_refused(trained, tmp_path):
     (trained / "log.jsonl").write_text("\n".join(log[-3:]))
     with pytest.raises(TokenformerError, match="has 1 evaluations of its last model at the full learning rate"):
         conclusions(plan(grown=stages))
+    (trained / "log.jsonl").write_text("\n".join(line.replace("learning_rate", "other") for line in log))
+    with pytest.raises(TokenformerError, match="has 0 evaluations"):  # a log of before evaluations had it
+        conclusions(plan(grown=stages))
+    (trained / "log.jsonl").write_text("")
+    assert "or no log" in refusal(grown=stages)
 
 
 def test_help_names_every_device():

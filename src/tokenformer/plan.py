@@ -111,9 +111,10 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _makes_a_model(self) -> Run:
-        if (self.run is None) != bool(self.model and self.text_tokens):
+        given = bool(self.model), bool(self.text_tokens)
+        if given != ((True, True) if self.run is None else (False, False)):
             raise ValueError("give model and text_tokens, or run: the folder of a training run")
-        _ = self.config, self.text
+        _ = self.config
         return self
 
     @cached_property
@@ -126,14 +127,16 @@ class Run(Section):
         if self.run is None:
             return model_config({"preset": self.model} if isinstance(self.model, str) else self.model)
         stages = sorted(self.run.glob("stage*/config.json"), key=lambda path: int(path.parent.name[5:]))
-        if not stages or not (self.run / "log.jsonl").exists():
+        if not stages or not self.events:
             raise ValueError(f"{self.run} is no folder of a training run: there is no finished stage in it, or no log")
         return AutoConfig.from_pretrained(stages[-1].parent)
 
     @cached_property
     def events(self) -> list[dict[str, Any]]:
-        """What the log of `run` says."""
-        return [] if self.run is None else read_log(self.run)
+        """What the log of `run` says of training."""
+        if self.run is None or not (self.run / "log.jsonl").exists():
+            return []
+        return [event for event in read_log(self.run) if "text_tokens_seen" in event]
 
     @property
     def text(self) -> float:
@@ -148,7 +151,7 @@ class Run(Section):
         if isinstance(self.model, str):
             return self.model
         if "preset" in self.model:
-            return self.model["preset"] + (", changed" if len(self.model) > 1 else "")
+            return ("changed " if len(self.model) > 1 else "") + self.model["preset"]
         return f"{self.config.model_type} {self.config.num_hidden_layers} × {self.config.hidden_size}"
 
 

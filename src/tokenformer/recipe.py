@@ -55,7 +55,7 @@ class ModelSection(Section):
     """The model of the first stage."""
 
     preset: str | None = None
-    """Sizes to start from, for example "1m-parallel"; fields below override it. `tokenformer recipe` lists the presets."""
+    """Sizes to start from, such as "1m-parallel"; fields below override it. `tokenformer recipe` lists the presets."""
     hidden_size: int | None = Field(None, gt=0)
     """Width of the residual stream."""
     num_hidden_layers: int | None = Field(None, gt=0)

@@ -70,6 +70,7 @@ def held_curve(events: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
         events: of its log.jsonl; what came before the last growth is left out, and warm-up and decay, too.
     """
     grown = [i for i, event in enumerate(events) if event["event"] == "growth"]
-    last = [event for event in events[grown[-1] if grown else 0 :] if event["event"] == "evaluation"]
+    later = events[grown[-1] :] if grown else events
+    last = [event for event in later if event["event"] == "evaluation" and "learning_rate" in event]
     full = max((event["learning_rate"] for event in last), default=0.0)
     return [(e["text_tokens_seen"], e["bits_per_byte"]) for e in last if e["learning_rate"] >= 0.99 * full]
