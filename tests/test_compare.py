@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 from comparisons import SMALL, TOKENS, comparison, parsed
 from models import tiny
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
@@ -10,6 +11,7 @@ from tokenformer import cost, grow
 from tokenformer.compare.arms import Run, segments
 from tokenformer.compare.budgets import cost_per_step, counted_flops, optimizer_flops, steps_within
 from tokenformer.compare.methods import METHODS, grow_by
+from tokenformer.compare.recipe import load_compare_recipe
 from tokenformer.compare.results import Results, read_results
 from tokenformer.compare.run import compare, load_text, rehearse
 from tokenformer.errors import DataError, EvaluationError, GrowthError, RecipeError
@@ -42,6 +44,7 @@ def content(tmp_path_factory):
         ({"arms": {"small": {"model": SMALL, "stages": [{"at": 9, "mehtod": "exact"}]}}}, "did you mean 'method'"),
         ({"arms": {"small": {"model": SMALL, "training": {"scedule": "wsd"}}}}, "did you mean 'schedule'"),
         ({"data": {"source": "x", "streaming": True}}, "streaming does not go with a comparison"),
+        ({"arms": {"small": {"model": SMALL, "training": {"sequence_length": 16}}}}, "all arms read the same blocks"),
     ],
 )
 def test_impossible_rules_are_refused(content, changes, message):
@@ -88,9 +91,27 @@ def test_rules_stand_before_results(content, tmp_path):
     assert [line["event"] for line in results.lines()] == ["recipe"]
     more = parsed(content, seeds=[0, 1, 2], arms={**content["arms"], "again": {"model": TOKENS}})
     results.begin(more, "trial")
-    for changes in ({"seeds": [0]}, {"rules": {"reference": "widened"}}, {"learning_rates": [1e-3]}):
+    for changes in (
+        {"seeds": [0]},
+        {"seeds": [3, 0, 1, 2]},
+        {"budgets": [640, 1280, 2560]},
+        {"rules": {"reference": "widened"}},
+        {"learning_rates": [1e-3]},
+    ):
         with pytest.raises(RecipeError, match=f"differs from the one .* in .*{next(iter(changes))}"):
             results.begin(parsed(content, **changes), "trial")
+
+
+def test_a_recipe_may_be_based_on_another_but_not_on_itself(content, tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "more" / "second.yaml").write_text("based_on: ../first.yaml\nseeds: [0, 1, 2]\n")
+    (tmp_path / "third.yaml").write_text("based_on: more/second.yaml\nquestion: And now?\n")
+    found = load_compare_recipe(tmp_path / "third.yaml")
+    assert (found.question, found.seeds) == ("And now?", [0, 1, 2]) and list(found.arms) == ["small", "widened"]
+    (tmp_path / "first.yaml").write_text("based_on: third.yaml\n")
+    with pytest.raises(RecipeError, match=r"third.yaml is based_on itself, by way of second.yaml, first.yaml"):
+        load_compare_recipe(tmp_path / "third.yaml")
 
 
 def test_results_survive_a_line_cut_short(content, tmp_path):

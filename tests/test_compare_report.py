@@ -211,6 +211,7 @@ def test_answers_in_words(written):
     assert "the largest budget, ffn grown exactly, which grows, comes out best of 16 arms" in text
     assert re.search(r"ffn grown exactly is better than gpt-neox scratch by 0\.\d{4} ± 0\.\d{4} bits per byte", text)
     assert "The learning rate lies at the end of the grid, 0.004, for gpt-neox scratch: a larger one" in text
+    assert "before these arms had grown for the last time: gpt-neox hyperclone, gpt-neox stack, gpt-neox random" in text
     assert (
         "| tokenformer as published | 2 | published | 3·10¹¹ | 120,000 → 240,000 | 2.4000 | 2.7000 | +0.3000 | no |"
         in text
@@ -222,6 +223,9 @@ def test_answers_in_words(written):
 def test_savings_and_crossings_are_those_of_the_known_curves():
     findings = Findings.of(comparison(seeds=(0,)))
     assert findings.own_base(WIDENED) == TRAINED_ON
+    other = comparison(seeds=(0,))
+    other[0]["recipe"]["arms"][TRAINED_ON]["training"] = {"optimizer": "muon"}
+    assert Findings.of(other).own_base(WIDENED) is None
     assert findings.best(BUDGETS[-1], grown=False) == "ffn small, trained on"
     noise = {arm: run(arm, 0, 1e11)["bits_per_byte"] for arm in ARMS}
     target = run(SCRATCH, 0, BUDGETS[-1], 4e-3)["bits_per_byte"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from tokenformer import TokenformerConfig
 from tokenformer.cli_compare import comparisons
-from tokenformer.errors import RecipeError, TokenformerError
+from tokenformer.errors import RecipeError
 from tokenformer.plan import DEVICES, HardwareSection, Plan, conclusions, cost_table, read_plan
 from tokenformer.recipe import parse_sections
 
@@ -191,7 +192,7 @@ def write_log(run, slope):
             held, seen = i <= 8, {"text_tokens_seen": 128 * i, "training_flops": 1e9 * i}
             bits = 5 - slope * math.log2(i) if held else 1.0
             rate = 1e-3 if held else 1e-4
-            event = {"event": "evaluation", "bits_per_byte": bits, "learning_rate": rate}
+            event = {"event": "evaluation", "stage": 1, "bits_per_byte": bits, "learning_rate": rate}
             stream.write(json.dumps({**event, **seen}) + "\n")
 
 
@@ -227,18 +228,33 @@ def test_a_run_that_cannot_be_weighed_is_refused(trained, tmp_path):
     assert "give model and text_tokens, or run" in refusal(grown=[{"model": TINY}])
     assert "only the first of grown" in refusal(grown=[{"model": TINY, "text_tokens": 1}, {"run": trained}])
     stages = [{"run": trained}, {"model": BIG, "text_tokens": 1}]
-    assert "nothing to weigh" in refusal(grown=[stages[0], {"model": TINY, "text_tokens": 1}])
-    log = (trained / "log.jsonl").read_text().splitlines()
-    (trained / "log.jsonl").write_text("\n".join([*log[:2], log[-1]]))
-    assert plan(grown=stages[:1]).grown_costs[0].training_flops == 1e10
-    (trained / "log.jsonl").write_text("\n".join(log[-3:]))
-    with pytest.raises(TokenformerError, match="has 1 evaluations of its last model at the full learning rate"):
-        conclusions(plan(grown=stages))
-    (trained / "log.jsonl").write_text("\n".join(line.replace("learning_rate", "other") for line in log))
-    with pytest.raises(TokenformerError, match="has 0 evaluations"):  # a log of before evaluations had it
-        conclusions(plan(grown=stages))
+    assert "no more parameters in its blocks" in refusal(grown=[stages[0], {"model": TINY, "text_tokens": 1}])
+    wide = {"model": {**BIG, "vocab_size": 256}, "text_tokens": 1}
+    assert "a vocabulary of 256" in refusal(grown=[stages[0], wide])
     (trained / "log.jsonl").write_text("")
     assert "or no log" in refusal(grown=stages)
+
+
+def test_what_a_log_cannot_tell_is_said(trained):
+    stages = [{"run": trained}, {"model": BIG, "text_tokens": 1280}]
+    log = (trained / "log.jsonl").read_text().splitlines()
+
+    def said(lines):
+        (trained / "log.jsonl").write_text("\n".join(lines))
+        return conclusions(plan(grown=stages))[0]
+
+    assert said(log).startswith("Train on")
+    assert "do not span" in said(log[-3:])
+    assert "do not span" in said([*log[:4], log[-1]])  # the full learning rate, too long ago
+    assert "do not span" in said([line.replace("learning_rate", "other") for line in log])
+    assert "do not span" in said([re.sub(r"byte\": \S+,", 'byte": NaN,', line) for line in log])
+    later = json.dumps({"event": "evaluation", "stage": 2, "text_tokens_seen": 9999, "training_flops": 1e20})
+    assert said([*log, later]) == said(log)  # an unfinished stage is another model
+    write_log(trained, -0.1)
+    assert "gained nothing in its last doubling" in conclusions(plan(grown=stages))[0]
+    write_log(trained, 0.1)
+    short = conclusions(plan(grown=[stages[0], {"model": BIG, "text_tokens": 10}]))
+    assert "never tried so short a stage" in short[0]
 
 
 def test_help_names_every_device():

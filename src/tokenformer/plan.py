@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from . import cost
-from .errors import TokenformerError
 from .recipe import Section, model_config, read_sections
 from .rule import WORTH_OF_PARAMETERS, Bargain, held_curve, slope
 from .stage import read_log
@@ -126,17 +126,21 @@ class Run(Section):
         """
         if self.run is None:
             return model_config({"preset": self.model} if isinstance(self.model, str) else self.model)
-        stages = sorted(self.run.glob("stage*/config.json"), key=lambda path: int(path.parent.name[5:]))
-        if not stages or not self.events:
+        if not self.events:
             raise ValueError(f"{self.run} is no folder of a training run: there is no finished stage in it, or no log")
-        return AutoConfig.from_pretrained(stages[-1].parent)
+        return AutoConfig.from_pretrained(self.run / f"stage{self._finished}")
 
     @cached_property
     def events(self) -> list[dict[str, Any]]:
-        """What the log of `run` says of training."""
+        """What the log of `run` says of its finished stages."""
         if self.run is None or not (self.run / "log.jsonl").exists():
             return []
-        return [event for event in read_log(self.run) if "text_tokens_seen" in event]
+        return [event for event in read_log(self.run) if 0 < event.get("stage", 0) <= self._finished]
+
+    @property
+    def _finished(self) -> int:
+        """How many stages of `run` have ended."""
+        return next(i for i in count() if self.run is None or not (self.run / f"stage{i + 1}" / "config.json").exists())
 
     @property
     def text(self) -> float:
@@ -222,25 +226,27 @@ class Plan(Section):
             )
         if any(run.run for run in (*self.grown[1:], *self.scratch)):
             raise ValueError("only the first of grown can be a run: that which the others grow from")
-        if self.grown[0].run and len(sizes) > 1 and sizes[1] == sizes[0]:
-            raise ValueError(f"grown.1 is as large as {self.grown[0].run}: there is nothing to weigh")
+        if self.grown[0].run and len(self.grown) > 1:
+            old, new = (run.config for run in self.grown[:2])
+            if old.vocab_size != new.vocab_size:
+                raise ValueError(
+                    f"grown.1 has a vocabulary of {new.vocab_size:,}, {self.grown[0].run} one of {old.vocab_size:,}; "
+                    "growing keeps it: set vocab_size"
+                )
+            if not 0 < cost.block_parameters(old) < cost.block_parameters(new):
+                raise ValueError(f"grown.1 has no more parameters in its blocks than {self.grown[0].run}")
         return self
 
-    def bargain(self) -> Bargain:
+    def bargain(self) -> Bargain | None:
         """Say what growing to the second model gives and takes, beside training the run's own model on for its FLOPs.
 
-        Raises:
-            TokenformerError: the run's log is too short to tell its slope.
+        None if the run's log does not tell what it gains in a doubling of its text.
         """
         run, after = self.grown[0], self.grown_costs[1]
         curve = held_curve(run.events)
-        found = slope(curve, curve[-1][0]) if curve else None
+        found = slope(curve, curve[-1][0]) if curve and curve[-1][0] >= run.text / 2 else None
         if found is None:
-            raise TokenformerError(
-                f"the log of {run.run} has {len(curve)} evaluations of its last model at the full learning rate, which "
-                "do not span its last doubling of text: growing cannot be weighed. Train with schedule constant or "
-                "wsd and a larger evaluations_per_stage"
-            )
+            return None
         trained_on = run.text + after.training_flops / cost.training_flops(run.config, self.context)
         sizes = [cost.block_parameters(config) for config in (run.config, self.grown[1].config)]
         return Bargain(found, math.log2(sizes[1] / sizes[0]), math.log2(trained_on / after.total_text_tokens))
@@ -321,13 +327,22 @@ def conclusions(plan: Plan) -> list[str]:
 
 
 def _advice(plan: Plan) -> str:
-    bargain = plan.bargain()
+    bargain, run = plan.bargain(), plan.grown[0].run
+    if bargain is None:
+        return (
+            f"Whether to grow now cannot be told: the evaluations of {run} at its full learning rate do not span its "
+            "last doubling of text. Train with schedule constant or wsd, and larger evaluations_per_stage."
+        )
+    if bargain.slope <= 0:
+        return f"Whether to grow now cannot be told: {run} gained nothing in its last doubling of text."
+    first, second = plan.grown_costs[:2]
+    soon = second.training_flops < first.training_flops
     return (
-        f"{'Grow now' if bargain.pays() else 'Train on'}: {plan.grown[0].run} gains {bargain.slope:.3f} bits per byte "
+        f"{'Grow now' if bargain.pays() else 'Train on'}: {run} gains {bargain.slope:.3f} bits per byte "
         f"in a doubling of its text. For the same FLOPs, growing to {plan.grown_costs[1].label} gives up "
         f"{bargain.text:.2f} doublings of text for {bargain.parameters:.2f} of parameters, {bargain.price:.4f} bits "
         f"per byte for one; in this project's comparison one was worth {WORTH_OF_PARAMETERS} (docs/compare.md says how "
-        "far to trust that)."
+        f"far to trust that{'; it never tried so short a stage after growing' if soon else ''})."
     )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from statistics import median
 
+from .arms import segments, tuning_runs
 from .findings import Contrast, Findings
 from .page import Block, Bullets, Heading, Paragraph, Table
+from .recipe import CompareRecipe
 
 # Kinds of verdict in the order they are told, and how they are said of several arms at once.
 _SAID = {
@@ -152,6 +154,9 @@ def _tuning(findings: Findings) -> Iterator[str]:
         yield f"No learning rate was tuned: every arm has {recipe.learning_rates[0]:g}."
         return
     yield f"Learning rates were tuned at {findings.at(recipe.tuning_budget)} with one seed, and kept for all budgets."
+    late = [arm for arm in findings.arms if _grows_after_tuning(recipe, arm)]
+    if late:
+        yield f"They were tuned before these arms had grown for the last time: {', '.join(late)}."
     for end, beyond in ((min(recipe.learning_rates), "smaller"), (max(recipe.learning_rates), "larger")):
         arms = [arm for arm in findings.arms if findings.runs(arm)[0]["learning_rate"] == end]
         if arms:
@@ -159,6 +164,11 @@ def _tuning(findings: Findings) -> Iterator[str]:
                 f"The learning rate lies at the end of the grid, {end:g}, for {', '.join(arms)}: a {beyond} one may "
                 "be better still."
             )
+
+
+def _grows_after_tuning(recipe: CompareRecipe, arm: str) -> bool:
+    stages, (first, *_) = recipe.arms[arm].stages, tuning_runs(recipe, arm)
+    return len([s for s in segments(recipe, first) if s.growth]) < len(stages)
 
 
 def _scope(findings: Findings) -> str:

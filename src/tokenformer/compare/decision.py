@@ -54,7 +54,7 @@ def choices(findings: Findings) -> list[Choice]:
 def fitted_worth(several: Sequence[Choice]) -> float | None:
     """Return the worth of a doubling of parameters by which choosing loses least; None if any or none would do.
 
-    Of all numbers that are as good, the geometric middle.
+    Choices part at their prices; the number is the geometric middle of two of them.
     """
     prices = sorted({choice.bargain.price for choice in several if choice.bargain.price > 0})
     between = [math.sqrt(low * high) for low, high in pairwise(prices)]
@@ -64,8 +64,7 @@ def fitted_worth(several: Sequence[Choice]) -> float | None:
     always, never = lost_by(several, math.inf), lost_by(several, 0.0)
     if min(lost) >= min(always, never):
         return None
-    best = [i for i, value in enumerate(lost) if math.isclose(value, min(lost), abs_tol=1e-12)]
-    return math.sqrt(prices[best[0]] * prices[best[-1] + 1])
+    return between[lost.index(min(lost))]
 
 
 def lost_by(several: Sequence[Choice], worth: float) -> float:
@@ -93,7 +92,9 @@ def decision(findings: Findings) -> Iterator[Block]:
         "what a doubling of parameters is worth."
     )
     worth = fitted_worth(earlier)
-    if worth is None:
+    if not earlier:
+        yield Paragraph("There are no smaller budgets to fit a worth to.")
+    elif worth is None:
         yield Paragraph("On the budgets but the largest no such worth does better than always, or never, growing.")
     else:
         yield Paragraph(f"Fitted to all budgets but the largest, it is worth {worth:.3f}.")
@@ -126,21 +127,17 @@ def _tested(several: Sequence[Choice], worth: float) -> str:
 
 
 def _choice(findings: Findings, arm: str, base: str, budget: float) -> Choice | None:
-    at, grown, plain = (
-        findings.recipe.arms[arm].stages[0].at,
-        findings.finals[arm, budget],
-        findings.finals.get((base, budget), {}),
-    )
+    at, confidence = findings.recipe.arms[arm].stages[0].at, findings.recipe.rules.confidence
+    gain = paired_difference(findings.values(base, budget), findings.values(arm, budget), confidence=confidence)
     slopes = [found for line in findings.runs(base) if (found := _slope(findings, line, at)) is not None]
-    if not plain or not slopes or not any(line["growths"] for line in grown.values()):
+    if not gain.seeds or not slopes:
+        return None
+    ends = [next(iter(findings.finals[name, budget].values())) for name in (base, arm)]
+    small, large = (cost.block_parameters(AutoConfig.for_model(**line["config"])) for line in ends)
+    if not 0 < small < large:  # it begins without blocks, or does not grow within this budget
         return None
     text = findings.mean(base, budget, "text_tokens") / findings.mean(arm, budget, "text_tokens")
-    sizes = [
-        cost.block_parameters(AutoConfig.for_model(**next(iter(runs.values()))["config"])) for runs in (grown, plain)
-    ]
-    confidence = findings.recipe.rules.confidence
-    gain = paired_difference(findings.values(base, budget), findings.values(arm, budget), confidence=confidence)
-    bargain = Bargain(math.fsum(slopes) / len(slopes), math.log2(sizes[0] / sizes[1]), math.log2(text))
+    bargain = Bargain(math.fsum(slopes) / len(slopes), math.log2(large / small), math.log2(text))
     return Choice(arm, base, at, budget, bargain, gain)
 
 

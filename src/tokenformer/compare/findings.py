@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from ..errors import EvaluationError, RecipeError
 from ..recipe import parse_sections
@@ -159,11 +160,13 @@ class Findings:
         return next((arm for arm in self.ranking(budget) if self.grown(arm) == grown), None)
 
     def own_base(self, arm: str) -> str | None:
-        """Return the never-grown arm that begins with the same model as this one: simply trained on."""
-        model = self.recipe.arms[arm].model
-        return next(
-            (a for a in self.arms if not self.grown(a) and a != arm and self.recipe.arms[a].model == model), None
-        )
+        """Return the never-grown arm that begins with the same model and trains alike: this one, simply trained on."""
+
+        def begins(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+            training = self.recipe.training_of(name).model_dump(exclude={"keep_optimizer_state"})
+            return self.recipe.arms[name].model, training
+
+        return next((a for a in self.arms if not self.grown(a) and a != arm and begins(a) == begins(arm)), None)
 
     def budgets_of(self, arm: str) -> list[float]:
         """Return the budgets that an arm has results at, smallest first."""
@@ -206,13 +209,14 @@ class Findings:
     def saving(self, arm: str, target: str) -> Saving | None:
         """Return what an arm spends until it is as good as `target` in the end; None if it never is."""
         flops, goal = self.curve(target)[-1]
+        final = self.finals[target, self.budgets_of(target)[-1]]
         spent = reached(self.curve(arm), goal)
         if spent is None:
             return None
         ratios = []
-        for seed in self.recipe.seeds:
+        for seed in sorted(final):
             ends, curve = self.curve(target, seed=seed), self.curve(arm, seed=seed)
-            there = reached(curve, ends[-1][1]) if ends else None
+            there = reached(curve, ends[-1][1])
             ratios += [there / ends[-1][0]] if there else []
         return Saving(spent, spent / flops, ratios, spent == self.curve(arm)[0][0])
 

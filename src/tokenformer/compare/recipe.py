@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from ..errors import RecipeError
 from ..growth.grow import Amount
 from ..recipe import DataSection, Section, TrainingSection, parse_sections, read_yaml
 from .methods import METHODS
@@ -115,7 +116,8 @@ class CompareRecipe(Section):
                 raise ValueError(
                     f"arms.{name}.stages grow at {points}; the points must rise and lie below {self.budgets[-1]:g}"
                 )
-            self.training_of(name)
+            if self.training_of(name).sequence_length != self.training.sequence_length:
+                raise ValueError(f"arms.{name}.training.sequence_length: all arms read the same blocks of text")
         return self
 
     def training_of(self, arm: str) -> TrainingSection:
@@ -134,8 +136,10 @@ def load_compare_recipe(path: str | Path) -> CompareRecipe:
     Raises:
         RecipeError: as `recipe.read_sections`.
     """
-    content = read_yaml(CompareRecipe, path)
+    content, read = read_yaml(CompareRecipe, path), [Path(path).resolve()]
     while "based_on" in content:
-        base = Path(path).parent / content.pop("based_on")
-        content = {**read_yaml(CompareRecipe, base), **content}
+        read.append((read[-1].parent / str(content.pop("based_on"))).resolve())
+        if read[-1] in read[:-1]:
+            raise RecipeError(f"{path} is based_on itself, by way of {', '.join(p.name for p in read[1:])}")
+        content = {**read_yaml(CompareRecipe, read[-1]), **content}
     return parse_sections(CompareRecipe, content, where=str(path))

@@ -67,8 +67,8 @@ def figures(findings: Findings) -> Iterator[Block]:
         "report-training-flops",
         "Bits per byte against cumulative training FLOPs, the base and all stages included. Solid and filled: arms "
         "that grow, ▲ where they do (at the bottom if before the first budget); dashed and hollow: arms that never "
-        "grow; black or white: the reference. Points are whole runs, learning rate decayed to zero, mean over seeds "
-        "with interval.",
+        "grow; black or white: the reference. Points are whole runs to the end of their schedule, mean over seeds with "
+        "interval.",
         *draw_curves(findings, "training_flops"),
     )
     if findings.contrasts(last, recipe.rules.reference) and recipe.rules.reference in findings.ranking(last):

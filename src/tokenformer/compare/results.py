@@ -59,7 +59,8 @@ class Results:
         if changed:
             raise RecipeError(
                 f"the recipe differs from the one that {self.path} began with in {', '.join(changed)}: rules stand "
-                f"before results; only {', '.join(MAY_GAIN)} can be added to. Give another folder with --output"
+                f"before results; only {', '.join(MAY_GAIN)} can be added to, "
+                f"behind the first ones. Give another folder with --output"
             )
         self.add({"event": "recipe", "name": name, "recipe": content, **_circumstances(recipe)})
 
@@ -110,5 +111,5 @@ def _extends(old: Any, new: Any, *, may: bool) -> bool:
     if may and isinstance(old, dict) and isinstance(new, dict):
         return all(new.get(name) == content for name, content in old.items())
     if may and isinstance(old, list) and isinstance(new, list):
-        return set(old) <= set(new)
+        return set(old) <= set(new) and new[0] == old[0]  # the warm-up and the tuning hang on the first
     return old == new

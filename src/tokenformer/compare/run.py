@@ -87,6 +87,10 @@ def compare(
             ended = context.join(timeout=1.0)
         except multiprocessing.ProcessRaisedException as error:
             raise TokenformerError(f"a worker failed: {str(error).strip().splitlines()[-1]}") from error
+        except multiprocessing.ProcessExitedException as error:
+            raise TokenformerError(
+                f"a worker was killed, perhaps for want of memory ({error}); the same command continues"
+            ) from error
         except KeyboardInterrupt:
             for process in context.processes:  # the terminal's Ctrl-C reached them too
                 process.join(_PATIENCE)

@@ -103,7 +103,9 @@ def growths(findings: Findings) -> Iterator[Block]:
     ]
     if rows:
         yield Heading("Just before and after each growth")
-        yield Paragraph("Means over seeds, at the full learning rate. Logits are equal if they are bit for bit.")
+        yield Paragraph(
+            "Means over seeds, at the learning rate of that moment. Logits are equal if they are bit for bit."
+        )
         head = ["method", "training FLOPs", "parameters", "bits per byte before", "after", "jump", "logits equal"]
         yield Table(["arm", "growth", *head], rows)
 
