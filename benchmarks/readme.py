@@ -134,9 +134,9 @@ def rewriting() -> str:
 
 
 def answer() -> str:
-    """Return the answer to the seeds' question."""
-    headline, *table = compare.summary("seeds-stdlib").split("\n\n")[1:]
-    return "\n\n".join([headline.replace("](../", "]("), *table])
+    """Return what the comparisons that ask about growth found, without their tables."""
+    names = ("seeds-stdlib", "seeds-prose", "when")
+    return "\n\n".join(compare.summary(name).split("\n\n")[1].replace("](../", "](") for name in names)
 
 
 def comparisons() -> str:
@@ -145,9 +145,14 @@ def comparisons() -> str:
     return "\n\n".join(compare.summary(name) for name in there)
 
 
+def rule() -> str:
+    """Return how the rule of `tokenformer plan` does."""
+    return compare.rule()
+
+
 PAGES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (demo, answer, benchmarks),
-    "docs/compare.md": (comparisons,),
+    "docs/compare.md": (rule, comparisons),
     "docs/ecosystem.md": (ecosystem, convert),
     "docs/token-groups.md": (rewriting, merging, smollm2_results, continual_results, routing),
 }
