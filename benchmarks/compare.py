@@ -17,9 +17,10 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tokenformer.compare.conclusions import headline
-from tokenformer.compare.decision import choices, fitted_worth, lost_by, right
+from tokenformer.compare.decision import Choice, choices, fitted_worth, lost_by, right
 from tokenformer.compare.findings import Findings
 from tokenformer.compare.page import scientific
 from tokenformer.compare.report import write_report
@@ -53,11 +54,21 @@ def fetch_prose() -> None:
 
 def keep(name: str) -> None:
     """Keep the lines that a report needs, and the report."""
-    lines = [line for line in read_results(RUNS / "compare" / name / "results.jsonl") if line["event"] != "segment"]
+    lines = [_needed(line) for line in read_results(RUNS / "compare" / name / "results.jsonl")]
+    lines = [line for line in lines if line["event"] != "segment"]
     target = RESULTS / name
     target.mkdir(parents=True, exist_ok=True)
     (target / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_report(lines, target).unlink()  # the page says what report.md says, and `tokenformer report` makes it again
+
+
+def _needed(line: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of a run what no report reads, so that files stay small."""
+    if line["event"] != "run":
+        return line
+    curve = [{k: v for k, v in point.items() if k != "loss"} for point in line["curve"]]
+    kept = {field: value for field, value in line.items() if field != "segments"}
+    return {**kept, "curve": curve if line["purpose"] == "final" else []}
 
 
 def summary(name: str) -> str:
@@ -78,7 +89,7 @@ def summary(name: str) -> str:
         rows.append(f"| {arm} | {' | '.join(sizes)} | {findings.score(arm, budget)} | {first} | {second} |")
     return "\n".join(
         [
-            f"### {findings.recipe.question}",
+            f"### {name}: {findings.recipe.question}",
             "",
             f"{headline(findings)} ([recipe](../recipes/compare/{name}.yaml), "
             f"[report](../benchmarks/results/compare/{name}/report.md))",
@@ -90,28 +101,31 @@ def summary(name: str) -> str:
 
 def rule() -> str:
     """Return how the rule "grow now, or train on?" does, where it was fitted and where it was not, as Markdown."""
-    found = {name: choices(Findings.of(read_results(RESULTS / name / "results.jsonl"))) for name in NAMES}
-    last = max(choice.budget for choice in found["when"])
-    fitted = [choice for choice in found["when"] if choice.budget < last]
-    tested = {
-        f"fitted to: when, up to {scientific(max(c.budget for c in fitted))}": fitted,
-        f"when, {scientific(last)}": [choice for choice in found["when"] if choice.budget == last],
-        **{name: several for name, several in found.items() if several and name != "when"},
-    }
-    worth = fitted_worth(fitted)
     rows = [
-        f"A doubling of parameters was worth {'–' if worth is None else f'{worth:.4f}'} bits per byte.",
-        "",
-        "| comparison | choices | growing paid | rule right | lost by it | by always growing | by never growing |",
+        "| choices of | how many | growing paid | rule right | lost by it | by always growing | by never growing |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for name, several in tested.items():
-        lost = (f"{lost_by(several, w):.4f}" for w in (WORTH_OF_PARAMETERS, math.inf, 0.0))
-        paid = sum(choice.gain.mean > 0 for choice in several)
-        rows.append(
-            f"| {name} | {len(several)} | {paid} | {right(several, WORTH_OF_PARAMETERS)} | {' | '.join(lost)} |"
-        )
-    return "\n".join(rows)
+    fitted, tested = fitting()
+    for name, several in {"all that it was fitted to": fitted, **tested}.items():
+        lost = (f"{lost_by(several, worth):.4f}" for worth in (WORTH_OF_PARAMETERS, math.inf, 0.0))
+        paid, correct = sum(choice.gain.mean > 0 for choice in several), right(several, WORTH_OF_PARAMETERS)
+        rows.append(f"| {name} | {len(several)} | {paid} | {correct} | {' | '.join(lost)} |")
+    return "\n".join([f"A doubling of parameters is worth {fitted_worth(fitted):.3f} bits per byte.", "", *rows])
+
+
+def fitting() -> tuple[list[Choice], dict[str, list[Choice]]]:
+    """Return the choices that the rule is fitted to, and by name those that it is tested on.
+
+    Fitted: two comparisons, but for the largest budget of each. Tested: those budgets, and a third comparison.
+    """
+    fitted, tested = list[Choice](), dict[str, list[Choice]]()
+    for name in ("when", "seeds-prose"):
+        every = choices(Findings.of(read_results(RESULTS / name / "results.jsonl")))
+        last = max(choice.budget for choice in every)
+        fitted += [choice for choice in every if choice.budget < last]
+        tested[f"{name} at {scientific(last)}"] = [choice for choice in every if choice.budget == last]
+    tested["when-prose"] = choices(Findings.of(read_results(RESULTS / "when-prose" / "results.jsonl")))
+    return fitted, tested
 
 
 def main() -> None:

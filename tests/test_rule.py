@@ -1,6 +1,7 @@
 """The rule "grow now, or train on": slopes, bargains, what is fitted from choices whose outcome is known, real logs."""
 
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from tokenformer.compare.decision import Choice, choices, fitted_worth, lost_by, right
 from tokenformer.compare.findings import Findings
 from tokenformer.compare.statistics import Estimate
-from tokenformer.rule import Bargain, held_curve, slope
+from tokenformer.rule import WORTH_OF_PARAMETERS, Bargain, held_curve, slope
 
 
 def choice(price, gain):
@@ -141,3 +142,14 @@ def test_no_choice_from_a_cosine_whose_slope_is_that_of_its_learning_rate():
     first, *runs = results([0.1, 0.3], gained=0.05)
     first["recipe"]["training"] = {"schedule": "cosine"}
     assert choices(Findings.of([first, *runs])) == []
+
+
+def test_the_worth_is_that_of_the_shipped_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import compare
+
+    fitted, tested = compare.fitting()
+    assert round(fitted_worth(fitted), 3) == WORTH_OF_PARAMETERS
+    assert not {(c.arm, c.budget, c.gain) for c in fitted} & {
+        (c.arm, c.budget, c.gain) for t in tested.values() for c in t
+    }

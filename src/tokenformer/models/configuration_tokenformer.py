@@ -292,7 +292,7 @@ _PAPER_PRESETS = {
     "24m": _preset(10, 384, 6, 384, 1536, **_LAPTOP),
 }
 _FFN_PRESETS = {f"{name}-ffn": _ffn_family(preset) for name, preset in _PAPER_PRESETS.items()}
-# The family to choose where nothing speaks for another: docs/compare.md.
+# The best TokenFormers of docs/compare.md.
 _PARALLEL_PRESETS = {
     f"{name}-parallel": {**_ffn_family(preset), "use_parallel_residual": True}
     for name, preset in _PAPER_PRESETS.items()
