@@ -14,7 +14,7 @@ from tokenformer.compare.methods import METHODS, grow_by
 from tokenformer.compare.recipe import load_compare_recipe
 from tokenformer.compare.results import Results, read_results
 from tokenformer.compare.run import compare, load_text, rehearse
-from tokenformer.errors import DataError, EvaluationError, GrowthError, RecipeError
+from tokenformer.errors import CheckpointError, DataError, EvaluationError, GrowthError, RecipeError
 from tokenformer.growth.freeze import freeze_only
 from tokenformer.recipe import parse_recipe
 
@@ -76,6 +76,12 @@ def test_an_arm_that_cannot_run_is_refused_before_anything_runs(content, tmp_pat
     with pytest.raises(error, match=message):
         compare(recipe, tmp_path / "out")
     assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_an_output_that_is_a_file_is_named(content, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(CheckpointError, match="out"):
+        compare(parsed(content), tmp_path / "out")
 
 
 def test_parameters_can_be_required_to_be_equal(content, tmp_path):

@@ -127,7 +127,10 @@ class Run(Section):
         if self.run is None:
             return model_config({"preset": self.model} if isinstance(self.model, str) else self.model)
         if not self.events:
-            raise ValueError(f"{self.run} is no folder of a training run: there is no finished stage in it, or no log")
+            raise ValueError(
+                f"{self.run} is no folder of a training run: there is no finished stage in it, or no log; "
+                "tokenformer train makes one"
+            )
         return AutoConfig.from_pretrained(self.run / f"stage{self._finished}")
 
     @cached_property

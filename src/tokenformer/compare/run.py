@@ -22,6 +22,7 @@ from torch import multiprocessing
 from transformers import AutoModelForCausalLM
 
 from .. import cost
+from ..checkpoint import disk_errors
 from ..data import halve_validation, prepare
 from ..errors import GrowthError, RecipeError, TokenformerError
 from ..growth.freeze import freeze_only
@@ -65,7 +66,8 @@ def compare(
         KeyboardInterrupt: after Ctrl-C, once the workers have saved their state.
     """
     run = Path(folder)
-    run.mkdir(parents=True, exist_ok=True)
+    with disk_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
     results = Results(run)
     text = load_text(recipe, run)
     rehearse(recipe, text)
