@@ -52,14 +52,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tokenformer import TokenformerForCausalLM, grow
-from tokenformer.checkpoint import load_checkpoint
-from tokenformer.data import hold_out, make_tokenizer, pack
+from tokenformer.checkpoints.checkpoint import load_checkpoint
+from tokenformer.data.sources import load_documents
+from tokenformer.data.text import hold_out, make_tokenizer, pack
 from tokenformer.growth.freeze import freeze_only
 from tokenformer.growth.groups import merge
 from tokenformer.growth.route import route
-from tokenformer.recipe import load_recipe
-from tokenformer.sources import load_documents
-from tokenformer.train import train
+from tokenformer.training.recipe import load_recipe
+from tokenformer.training.train import train
 
 ROOT = Path(__file__).parent.parent
 RECIPE, RESULTS = ROOT / "recipes" / "continual.yaml", ROOT / "benchmarks" / "results" / "continual.jsonl"

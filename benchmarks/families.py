@@ -18,10 +18,10 @@ from layer import RESULTS, machine
 from rich.console import Console
 
 from tokenformer import cost
-from tokenformer.checkpoint import read_config, verify_checkpoint
-from tokenformer.progress import TrainingDisplay, quiet_libraries
-from tokenformer.recipe import load_recipe, parse_recipe
-from tokenformer.train import train
+from tokenformer.checkpoints.checkpoint import read_config, verify_checkpoint
+from tokenformer.cli.displays import TrainingDisplay, quiet_libraries
+from tokenformer.training.recipe import load_recipe, parse_recipe
+from tokenformer.training.train import train
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 # 2·128·(4·160 + 640) parameters in a block are 4·128² + 2·128·1024.

@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from tokenformer import TokenformerConfig
-from tokenformer.checkpoint import load_checkpoint, save_checkpoint
+from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from tokenformer.checkpoints.lineage import Lineage
+from tokenformer.checkpoints.rewrite import open_checkpoint
 from tokenformer.growth.grow import grow_operation
 from tokenformer.growth.operations import apply
-from tokenformer.lineage import Lineage
-from tokenformer.rewrite import open_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "rewrite.jsonl"
 ASKED = {"peak": 1.2e9, "ratio": 1.5}
@@ -42,8 +42,8 @@ import json, re, sys, time
 from pathlib import Path
 from tokenformer.growth.groups import consolidate_operation, drop_operation
 from tokenformer.growth.grow import grow_operation
-from tokenformer.addons import attach_operation, split_state
-from tokenformer.rewrite import open_checkpoint, rewrite
+from tokenformer.checkpoints.addons import attach_operation, split_state
+from tokenformer.checkpoints.rewrite import open_checkpoint, rewrite
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 operation, source, output = sys.argv[1:]

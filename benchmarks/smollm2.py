@@ -48,10 +48,10 @@ from teach import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tokenformer import grow
-from tokenformer.data import hold_out, pack
+from tokenformer.data.sources import load_documents
+from tokenformer.data.text import hold_out, pack
 from tokenformer.growth.freeze import freeze_only
 from tokenformer.growth.groups import drop
-from tokenformer.sources import load_documents
 
 RESULTS = Path(__file__).parent / "results" / "smollm2.jsonl"
 CACHE = Path("runs/smollm2")

@@ -23,12 +23,12 @@ import yaml
 from rich.console import Console
 
 from tokenformer import cost
-from tokenformer.checkpoint import read_config, verify_checkpoint
+from tokenformer.checkpoints.checkpoint import read_config, verify_checkpoint
+from tokenformer.cli.displays import TrainingDisplay, growth_line, quiet_libraries, stage_table
 from tokenformer.errors import TokenformerError
-from tokenformer.progress import TrainingDisplay, growth_line, quiet_libraries, stage_table
-from tokenformer.recipe import Recipe, load_recipe, parse_recipe
-from tokenformer.stage import read_log
-from tokenformer.train import train
+from tokenformer.training.recipe import Recipe, load_recipe, parse_recipe
+from tokenformer.training.stage import read_log
+from tokenformer.training.train import train
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 PROMPT = "ROMEO"

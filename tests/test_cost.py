@@ -1,6 +1,6 @@
 import pytest
 import torch
-from models import FAMILIES, tiny, tokens
+from tiny_models import FAMILIES, tiny, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenformer import cost, grow

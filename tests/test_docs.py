@@ -19,11 +19,11 @@ from golden_data import MANIFEST, inputs
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 from typer.testing import CliRunner
 
-from tokenformer import cli
+from tokenformer.cli import app as cli
 from tokenformer.compare.recipe import load_compare_recipe
-from tokenformer.data import make_tokenizer
+from tokenformer.data.text import make_tokenizer
 from tokenformer.plan import read_plan
-from tokenformer.recipe import load_recipe
+from tokenformer.training.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

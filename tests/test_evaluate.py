@@ -5,15 +5,15 @@ import math
 
 import pytest
 import torch
-from models import tiny
+from tiny_models import tiny
 from typer.testing import CliRunner
 
-from tokenformer import cli
-from tokenformer.checkpoint import save_checkpoint
-from tokenformer.data import make_tokenizer
+from tokenformer.checkpoints.checkpoint import save_checkpoint
+from tokenformer.checkpoints.lineage import Lineage
+from tokenformer.cli import app as cli
+from tokenformer.data.text import make_tokenizer
 from tokenformer.errors import EvaluationError, MissingExtraError, TokenformerError
 from tokenformer.evaluate import evaluate_tasks, evaluate_text
-from tokenformer.lineage import Lineage
 
 TEXT = "Shall I compare thee to a summer's day? Thou art more lovely — and more temperate.\n" * 3
 CHOICES = [

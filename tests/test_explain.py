@@ -4,11 +4,11 @@ import sys
 
 import pytest
 import torch
-from models import make, tiny, tokens, two_groups
 from rich.console import Console
 from test_importance import ordinary, text
+from tiny_models import make, tiny, tokens, two_groups
 
-from tokenformer.data import make_tokenizer
+from tokenformer.data.text import make_tokenizer
 from tokenformer.errors import EvaluationError, GrowthError, MissingExtraError
 from tokenformer.explain import activity_table, contribution_table, explain, picture, promotes
 from tokenformer.growth.architectures import architecture_of

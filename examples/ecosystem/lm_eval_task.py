@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from record import arguments, record
 
-from tokenformer.checkpoint import load_checkpoint
+from tokenformer.checkpoints.checkpoint import load_checkpoint
+from tokenformer.cli.displays import quiet_libraries
+from tokenformer.data.sources import load_documents
 from tokenformer.evaluate import evaluate_tasks
-from tokenformer.progress import quiet_libraries
-from tokenformer.sources import load_documents
 
 QUESTIONS = 200
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from tokenformer.data import prepare
-from tokenformer.recipe import Recipe
+from tokenformer.data.text import prepare
+from tokenformer.training.recipe import Recipe
 
 
 def held_out(checkpoint: Path, *, num_blocks: int) -> tuple[datasets.Dataset, int]:

@@ -20,9 +20,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from tokenformer import TokenformerForCausalLM, grow
-from tokenformer.data import hold_out, pack, utf8_bytes
+from tokenformer.data.sources import load_documents
+from tokenformer.data.text import hold_out, pack, utf8_bytes
 from tokenformer.evaluate import evaluate
-from tokenformer.sources import load_documents
 
 LORA = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["keys", "values"])
 STEPS, BATCH_SIZE, BLOCK_LENGTH = 40, 8, 64

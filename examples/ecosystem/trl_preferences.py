@@ -24,10 +24,10 @@ from trl import SFTConfig, SFTTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from tokenformer import drop, freeze, grow
-from tokenformer.checkpoint import load_checkpoint
-from tokenformer.data import hold_out, pack
+from tokenformer.checkpoints.checkpoint import load_checkpoint
+from tokenformer.data.sources import load_documents
+from tokenformer.data.text import hold_out, pack
 from tokenformer.evaluate import evaluate
-from tokenformer.sources import load_documents
 
 GROUP, SEEDS, STEPS, ROWS = "capitals", 3, 60, 8
 HELD_OUT_PAIRS, HELD_OUT_CHARACTERS = 48, 20_000

@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .addons import attach, split
+from .checkpoints.addons import attach, split
 from .growth.freeze import freeze, unfreeze
 from .growth.groups import consolidate, drop, merge
 from .growth.grow import grow

@@ -1,5 +1,5 @@
 """`python -m tokenformer`."""
 
-from .cli import main
+from .cli.app import main
 
 main()

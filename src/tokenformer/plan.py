@@ -18,9 +18,9 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from . import cost
-from .recipe import Section, model_config, read_sections
 from .rule import WORTH_OF_PARAMETERS, Bargain, held_curve, slope
-from .stage import read_log
+from .training.recipe import Section, model_config, read_sections
+from .training.stage import read_log
 
 
 class Device(NamedTuple):

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from ..data import TextData
+from ..data.text import TextData
 from ..errors import RecipeError
-from ..recipe import model_config
+from ..training.recipe import model_config
 from .recipe import Arm, ArmStage, CompareRecipe
 
 Phase = Literal["hold", "fall", "cosine"]

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import cost
 from ..errors import EvaluationError
-from ..optimization import make_optimizer
-from ..recipe import Recipe
+from ..training.optimization import make_optimizer
+from ..training.recipe import Recipe
 from .recipe import Unit
 
 # Between the counter and the formula; both count matrix products only, so that they differ by rounding alone.

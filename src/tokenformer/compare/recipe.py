@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from ..errors import RecipeError
 from ..growth.grow import Amount
-from ..recipe import DataSection, Section, TrainingSection, parse_sections, read_yaml
+from ..training.recipe import DataSection, Section, TrainingSection, parse_sections, read_yaml
 from .methods import METHODS
 
 Unit = Literal["training_flops", "text_tokens", "seconds"]

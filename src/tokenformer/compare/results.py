@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from ..checkpoint import disk_errors
+from ..checkpoints.checkpoint import disk_errors
+from ..checkpoints.lineage import Event
 from ..errors import RecipeError
-from ..lineage import Event
 from .recipe import CompareRecipe
 
 Line = dict[str, Any]

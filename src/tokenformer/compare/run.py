@@ -22,12 +22,12 @@ from torch import multiprocessing
 from transformers import AutoModelForCausalLM
 
 from .. import cost
-from ..checkpoint import disk_errors
-from ..data import halve_validation, prepare
+from ..checkpoints.checkpoint import disk_errors
+from ..cli.displays import quiet_libraries
+from ..data.text import halve_validation, prepare
 from ..errors import GrowthError, RecipeError, TokenformerError
 from ..growth.freeze import freeze_only
-from ..progress import quiet_libraries
-from ..stage import unfinished
+from ..training.stage import unfinished
 from .arms import Run, Segment, final_runs, first_config, segments, tuning_runs
 from .methods import grow_by
 from .recipe import CompareRecipe

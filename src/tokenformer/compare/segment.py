@@ -14,15 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from .. import cost
-from ..checkpoint import load_checkpoint
-from ..data import TextData
+from ..checkpoints.checkpoint import load_checkpoint
+from ..checkpoints.lineage import Lineage
+from ..data.text import TextData
 from ..evaluate import Evaluation, evaluate
 from ..growth.freeze import freeze_only
-from ..lineage import Lineage
-from ..optimization import OptimizerState, load_states
-from ..preparation import use_bfloat16
-from ..recipe import ModelSection, Recipe, Stage, TrainingSection
-from ..stage import Log, StageRun, read_log
+from ..training.optimization import OptimizerState, load_states
+from ..training.preparation import use_bfloat16
+from ..training.recipe import ModelSection, Recipe, Stage, TrainingSection
+from ..training.stage import Log, StageRun, read_log
 from .arms import Segment, first_config
 from .budgets import cost_per_step, flops_per_step, steps_within
 from .methods import grow_by

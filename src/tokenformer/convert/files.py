@@ -15,7 +15,7 @@ import yaml
 from safetensors import safe_open
 from torch import Tensor
 
-from ..checkpoint import (
+from ..checkpoints.checkpoint import (
     OnProgress,
     check_target,
     check_tokenizer,
@@ -26,11 +26,11 @@ from ..checkpoint import (
     verify_checkpoint,
     weight_files,
 )
-from ..data import open_tokenizer
+from ..checkpoints.lineage import Lineage
+from ..data.sources import first_line
+from ..data.text import open_tokenizer
 from ..errors import CheckpointError, ConversionError
-from ..lineage import Lineage
 from ..models.modeling_tokenformer import TokenformerForCausalLM
-from ..sources import first_line
 from .official import (
     canonical_name,
     check_expressible,

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 from transformers import GPTNeoXConfig
 
-from ..checkpoint import OnProgress, check_target, load_tokenizer, save_checkpoint
+from ..checkpoints.checkpoint import OnProgress, check_target, load_tokenizer, save_checkpoint
+from ..checkpoints.lineage import Lineage
+from ..checkpoints.rewrite import check_names, open_checkpoint
 from ..errors import ConversionError
 from ..growth.state import check_finite
-from ..lineage import Lineage
 from ..models.configuration_tokenformer import TokenformerConfig
 from ..models.modeling_tokenformer import TokenformerForCausalLM
 from ..models.pattention import BASE_GROUP
-from ..rewrite import check_names, open_checkpoint
 
 _MODEL_TYPE = "gpt_neox"
 _GROUP = f"groups.{BASE_GROUP}"

@@ -1,0 +1,168 @@
+"""One token group as a file of its own: `split` takes it off a model, `attach` puts it onto the right parent again."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CheckpointError, GrowthError
+from ..growth.architectures import Group, Groups, TokenMap, architecture_of, check_known, places, token_groups
+from ..growth.groups import is_normalised, merge_operation
+from ..growth.neurons import group_neurons
+from ..growth.operations import Operation, apply
+from ..growth.state import State, check_finite, content_digest, read_map, read_own, tensors_digest
+from .checkpoint import disk_errors
+from .rewrite import StoredTensors
+
+_KEY = "tokenformer_addon"
+
+
+@dataclass(frozen=True)
+class Addon:
+    """What an add-on file says of its token group.
+
+    Attributes:
+        group: its entry in the configuration.
+        model_type: of the model that it was taken off.
+        taus: the constants τ there.
+        norm: what its scores are normalised with; None where they are not.
+        parent_groups: the other token groups there.
+        parent: digest of all that the model has beside the group.
+        tensors: digest of the group's.
+    """
+
+    group: Group
+    model_type: str
+    taus: dict[str, float | None]
+    norm: str | None
+    parent_groups: list[str]
+    parent: str
+    tensors: str
+
+
+def split(model: Any, group: str, output: str | Path, *, force: bool = False) -> Path:
+    """Write one token group of a model in memory to an add-on file, which holds nothing of the parent.
+
+    Args:
+        model: TokenFormer or ordinary transformer; not changed.
+        group: name of the token group.
+        output: the file, named *.safetensors.
+        force: replace it.
+
+    Raises:
+        GrowthError: no such group, or one that came with blocks.
+        CheckpointError: the file exists and not `force`, or cannot be written; or weights are not finite.
+    """
+    group_neurons(model)
+    return split_state(model.config, model.state_dict(), group, output, force=force)
+
+
+def split_state(config: Any, state: State, group: str, output: str | Path, *, force: bool = False) -> Path:
+    """Do what `split` does with a model's tensors by name, which may be read from files; errors as there."""
+    file = Path(output)
+    if file.suffix != ".safetensors":
+        raise CheckpointError(f"{file} should be called *.safetensors: it holds tensors, and loading it runs no code")
+    if file.is_dir() or (file.exists() and not force):
+        raise CheckpointError(f"{file} exists already; choose another name, or --force to replace it")
+    check_known(config, [group])
+    listed = {entry["name"]: entry for entry in token_groups(config)}
+    if listed[group].get("blocks"):
+        raise GrowthError(f"token group {group!r} came with blocks of its own, which an add-on cannot carry")
+    others = [name for name in listed if name != group]
+    if not others:
+        raise GrowthError(f"token group {group!r} is the only one: without it there is no parent to attach it to")
+    fields = [f"{projection}_tau" for projection in architecture_of(config).counts]
+    taus = {field: getattr(config, field) for field in fields if hasattr(config, field)}
+    tensors: dict[str, Tensor] = {}
+    for block, token_map in places(config):
+        own = {part.tensor: part.own.format(group=group) for part in token_map.parts}
+        for part, tensor in read_map(config, state, block, token_map).get(group, {}).items():
+            tensors[architecture_of(config).block_name(block) + own[part]] = tensor.contiguous()
+    check_finite(tensors, f"token group {group!r}")
+    parent, own_digest = content_digest(config, state, others), tensors_digest(tensors)
+    norm = config.token_group_norm if is_normalised(config) else None
+    addon = Addon(listed[group], config.model_type, taus, norm, others, parent, own_digest)
+    temporary = file.with_name(f".{file.name}.tmp")
+    with disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt", _KEY: json.dumps(vars(addon))})
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return file
+
+
+def attach(model: Any, file: str | Path, *, name: str | None = None) -> None:
+    """Put the token group of an add-on onto a model in memory, in place.
+
+    Args:
+        model: with the weights of the add-on's parent; it may have further token groups.
+        file: that `split` wrote.
+        name: of the group there; default as it was.
+
+    Raises:
+        GrowthError: the add-on belongs to another parent, or the name is taken. The model is then untouched.
+        CheckpointError: the file is missing, damaged or no add-on.
+    """
+    group_neurons(model)
+    apply(model, attach_operation(model.config, model.state_dict(), file, name=name))
+
+
+def attach_operation(config: Any, state: State, file: str | Path, *, name: str | None = None) -> Operation:
+    """Return what `attach` does to a model with these tensors; errors as there."""
+    addon, tensors = _read(Path(file))
+    _check_parent(config, state, addon, Path(file))
+    taken = [entry["name"] for entry in token_groups(config)]
+    target = name or addon.group["name"]
+    if target in taken:
+        raise GrowthError(f"token group {target!r} exists already, beside {', '.join(taken)}; choose another name")
+    theirs = copy.deepcopy(config)
+    theirs.token_groups = [addon.group]
+    for field, tau in addon.taus.items():
+        setattr(theirs, field, tau)
+
+    def read(block: int, token_map: TokenMap) -> Groups:
+        return read_own(theirs, tensors, block, token_map)
+
+    norm = getattr(config, "token_group_norm", None)
+    if is_normalised(config) and norm != addon.norm and len(taken) > 1:
+        raise GrowthError(f"{file} was trained under token_group_norm {addon.norm}; this model's groups are {norm}")
+    rename = {addon.group["name"]: target} if name else None
+    operation = merge_operation(config, theirs, read, rename=rename, norm=addon.norm)
+    arguments = {"addon": Path(file).name, "groups": [target], "parent": addon.parent}
+    return Operation("attach", operation.config, operation.change, operation.blocks, operation.moments, (), arguments)
+
+
+def _read(file: Path) -> tuple[Addon, Mapping[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            facts = json.loads((tensors.metadata() or {})[_KEY])
+            addon, stored = Addon(**facts), StoredTensors({name: (file, name) for name in tensors.keys()})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} is no add-on; `tokenformer split` writes them") from error
+    if tensors_digest(stored) != addon.tensors:
+        raise CheckpointError(f"{file} is damaged: its tensors are not those that were written; copy it again")
+    return addon, stored
+
+
+def _check_parent(config: Any, state: State, addon: Addon, file: Path) -> None:
+    if addon.model_type != config.model_type:
+        raise GrowthError(f"{file} belongs to a {addon.model_type!r} model; this is a {config.model_type!r} model")
+    digest = content_digest(config, state, addon.parent_groups)
+    if digest != addon.parent:
+        raise GrowthError(
+            f"{file} belongs to another parent: the weights that it grew on have sha256 {addon.parent[:12]}… (token "
+            f"groups {', '.join(addon.parent_groups)}), the same of this model {digest[:12]}… (it has "
+            f"{', '.join(g['name'] for g in token_groups(config))}). Attach it to the checkpoint it was split from"
+        )

@@ -1,0 +1,103 @@
+"""The model card of a checkpoint, README.md in its folder: what a stranger needs to know before loading it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from .. import cost
+from ..growth.architectures import Group, token_groups
+from .lineage import Event, Lineage
+
+_LOADING = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder, or the name it has on the Hub
+model = AutoModelForCausalLM.from_pretrained(folder{trust})
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```"""
+_TRUST = """
+
+`trust_remote_code=True` runs the model's code files in this folder; with the package `tokenformer` installed and
+imported it is not needed."""
+_TOKENFORMER = "A language model whose parameters are tokens ([TokenFormer](https://arxiv.org/abs/2410.23168))"
+_ORDINARY = """\
+An ordinary {kind} language model, which every tool loads; the neurons of its feed-forward are kept by token group"""
+
+
+def model_card(config: Any, lineage: Lineage, *, license: str | None = None) -> str:
+    """Write the card as Markdown with the Hub's metadata on top.
+
+    Args:
+        config: sizes.
+        lineage: data, cost, growth history.
+        license: identifier of the weights' licence, such as "apache-2.0"; None says that nobody stated one.
+    """
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=["tokenformer"], license=license
+    )
+    ours = config.model_type == "tokenformer"
+    tokens, parameters = cost.group_tokens(config), cost.group_parameters(config)
+    groups = [
+        f"| {g['name']} | {_counts(g)} | {tokens[g['name']]:,} | {parameters[g['name']]:,} |"
+        for g in token_groups(config)
+    ]
+    last = lineage.last
+    texts = list(dict.fromkeys(str(event.data["source"]) for event in lineage.history if event.data))
+    facts = {
+        "Text": ", ".join(texts) or "not recorded",
+        "Text tokens seen": f"{last.text_tokens_seen:,}" if last.text_tokens_seen else "not recorded",
+        "Training FLOPs": f"{last.training_flops:.3g}" if last.training_flops else "not recorded",
+        "Training time": f"{last.training_seconds:,.0f} s" if last.training_seconds else "not recorded",
+        "Validation loss": _loss(last),
+        "sha256 of the weights": f"`{lineage.weights_sha256}`",
+        "Licence of the weights": license or "not stated",
+        **({"Licence of the code files": "Apache-2.0"} if ours else {}),
+    }
+    lines = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# A {'TokenFormer' if ours else config.model_type}",
+        f"{_TOKENFORMER if ours else _ORDINARY.format(kind=config.model_type)}: "
+        f"{cost.parameters(config):,} parameters, {config.num_hidden_layers} blocks of width {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, vocabulary {config.vocab_size:,}, context "
+        f"{config.max_position_embeddings:,} text tokens.",
+        "## Load it",
+        _LOADING.format(trust=", trust_remote_code=True") + _TRUST if ours else _LOADING.format(trust=""),
+        "## Token groups",
+        "\n".join(
+            [
+                "| group | in each map of a block | parameter tokens in all blocks | parameters |",
+                "|---|---|--:|--:|",
+                *groups,
+            ]
+        ),
+        "## Facts",
+        "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]),
+        "## What was done",
+        "\n".join(f"{i}. {_sentence(event)}" for i, event in enumerate(lineage.history, 1)) or "Nothing is recorded.",
+        "The whole story, with recipes, seeds, versions and parents' digests, is in `lineage.json`.",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _counts(group: Group) -> str:
+    """Write how many parameter tokens a group has in a query, key or value map, an output, a feed-forward."""
+    counts = {name: n for name, n in group.items() if name not in ("name", "blocks", "routed") and n}
+    told = [f"{name} {min(n)} to {max(n)}" if isinstance(n, list) else f"{name} {n:,}" for name, n in counts.items()]
+    blocks = [f"blocks {', '.join(map(str, group['blocks']))}"] if group.get("blocks") else []
+    return ", ".join([*told, *blocks, *(["routed"] if group.get("routed") else [])])
+
+
+def _loss(event: Event) -> str:
+    if event.loss is None:
+        return "not recorded"
+    bits = "" if event.bits_per_byte is None else f", {event.bits_per_byte:.4f} bits per byte"
+    return f"{event.loss:.4f} nats per text token{bits}"
+
+
+def _sentence(event: Event) -> str:
+    arguments = ", ".join(f"{name} {value}" for name, value in event.arguments.items() if value is not None)
+    seen = f"; {event.text_tokens_seen:,} text tokens seen so far" if event.operation == "train" else ""
+    return f"{event.date[:10]}: {event.operation}{f' ({arguments})' if arguments else ''}{seen}"

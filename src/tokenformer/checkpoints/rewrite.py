@@ -1,0 +1,246 @@
+"""Operations on the files of a checkpoint, block after block, to the bits that they give in memory.
+
+What `growth` does to a model in place is done here to a checkpoint of any size in about a gigabyte of memory; the
+optimizer's state, where there is one, moves along.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ..errors import CheckpointError, GrowthError
+from ..growth.architectures import Groups, TokenMap, architecture_of, token_groups
+from ..growth.groups import check_siblings, merge_operation
+from ..growth.operations import Operation
+from ..growth.state import States, check_finite, move_states, read_map, rewritten
+from ..training.optimization import OPTIMIZER_FILE, load_states
+from .checkpoint import (
+    OnProgress,
+    check_target,
+    load_tokenizer,
+    read_config,
+    save_checkpoint,
+    tensor_files,
+    verify_checkpoint,
+)
+from .lineage import Lineage
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """Tensors in files by name, each read when it is asked for and kept by nobody.
+
+    Args:
+        files: for each name, the file and the name there.
+    """
+
+    def __init__(self, files: dict[str, tuple[Path, str]]) -> None:
+        self._files = files
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Map one tensor into memory; its pages go when it goes."""
+        file, stored = self._files[name]
+        with safe_open(file, framework="pt") as tensors:
+            return tensors.get_tensor(stored)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        """Count the tensors."""
+        return len(self._files)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A verified checkpoint on disk.
+
+    Attributes:
+        path: its folder.
+        config: its configuration.
+        tensors: its weights by name.
+        verification: gives its history, or raises CheckpointError, once all its files have been read.
+    """
+
+    path: Path
+    config: Any
+    tensors: StoredTensors
+    verification: Future[Lineage]
+
+    @property
+    def lineage(self) -> Lineage:
+        """Its history, once it is verified."""
+        return self.verification.result()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its weights, told by the first."""
+        return next(self.tensors[name].dtype for name in self.tensors if name.endswith(".weight"))
+
+    def read(self, block: int, token_map: TokenMap) -> Groups:
+        """Return the token groups of a map."""
+        return read_map(self.config, self.tensors, block, token_map)
+
+
+def open_checkpoint(path: str | Path) -> Stored:
+    """Open the checkpoint at `path` without loading it, while a thread verifies it; errors as in `verify_checkpoint`.
+
+    What only reading all of it can show is raised when `lineage` is asked for, and before `rewrite` leaves anything.
+    """
+    config = read_config(path)
+    files = {name: (file, name) for name, file in tensor_files(path).items()}
+    verifying = ThreadPoolExecutor(max_workers=1)
+    verification = verifying.submit(verify_checkpoint, path)
+    verifying.shutdown(wait=False)
+    row = architecture_of(config)
+    files = {next((ours for ours, theirs in row.stored.items() if theirs == n), n): where for n, where in files.items()}
+    prefix = f"{row.prefix}."
+    if not any(name.startswith(prefix) for name in files):  # saved without its head
+        files = {f"{prefix}{name}": where for name, where in files.items()}
+    return Stored(Path(path), config, StoredTensors(files), verification)
+
+
+def rewrite(
+    source: Stored,
+    output: str | Path,
+    operation: Operation,
+    *,
+    force: bool = False,
+    on_progress: OnProgress = lambda done, total: None,
+    more_states: States | None = None,
+    same_loss: bool = False,
+    **event: Any,
+) -> Lineage:
+    """Write what `operation` makes of a checkpoint as a new one, whose lineage says so.
+
+    Args:
+        source: the checkpoint.
+        output: folder of the new one.
+        operation: made for `source.config`.
+        force: replace what stands at `output`.
+        on_progress: called with bytes written so far and in all.
+        more_states: the optimizer's states of parameters that come from elsewhere.
+        same_loss: the loss stays what it was.
+        event: further fields of the lineage's event.
+
+    Returns:
+        The new lineage.
+
+    Raises:
+        CheckpointError: `output` exists and not `force`, it cannot be written, or `source` is damaged or has weights
+            that are not finite. Nothing is then written.
+    """
+    check_target(Path(output), force=force)
+    check_names(source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(operation.config, dtype=source.dtype)
+    states = move_states(source.config, load_states(source.path), operation) | (more_states or {})
+
+    give = rewritten(source.config, source.tensors, operation)
+
+    def weights(names: Sequence[str]) -> dict[str, Tensor]:
+        return check_finite(give(names), f"checkpoint {source.path}")
+
+    def lineage() -> Lineage:
+        last = source.lineage.last
+        losses = {"loss": last.loss, "bits_per_byte": last.bits_per_byte} if same_loss else {}
+        return source.lineage.then(operation.name, arguments=operation.arguments, **losses, **event)
+
+    def keep(folder: Path) -> None:
+        generation = source.path / "generation_config.json"
+        if generation.exists():  # what the user has set there, where the new model has only defaults
+            shutil.copyfile(generation, folder / generation.name)
+        if states:
+            torch.save(states, folder / OPTIMIZER_FILE)
+
+    return save_checkpoint(
+        output,
+        model,
+        load_tokenizer(source.path, source.config),
+        lineage,
+        force=force,
+        extra=keep,
+        weights=weights,
+        on_progress=on_progress,
+    )
+
+
+def merge_checkpoints(
+    source: Stored,
+    other: Stored,
+    output: str | Path,
+    *,
+    rename: Mapping[str, str] | None = None,
+    norm: str | None = None,
+    **options: Any,
+) -> Lineage:
+    """Write the union of two children of one parent; see `growth.groups.merge`, and `rewrite` for the options.
+
+    Raises:
+        GrowthError: their lineages have no parent in common, or as `merge`.
+        CheckpointError: as `rewrite`.
+    """
+    ancestors = [
+        [event.parent for event in stored.lineage.history if event.parent] + [str(stored.lineage.weights_sha256)]
+        for stored in (source, other)
+    ]
+    if not set(ancestors[0]) & set(ancestors[1]):
+        raise GrowthError(
+            f"{source.path} and {other.path} are strangers: no checkpoint is a parent of both (theirs: "
+            f"{', '.join(' '.join(digest[:8] for digest in line) for line in ancestors)}). Only children of one parent "
+            "can be merged"
+        )
+    check_siblings(source.config, source.tensors, other.config, other.tensors, rename=rename)
+    operation = merge_operation(source.config, other.config, other.read, rename=rename, norm=norm)
+    ours = [group["name"] for group in token_groups(source.config)]
+    theirs = {g["name"]: (rename or {}).get(g["name"], g["name"]) for g in token_groups(other.config)}
+    states = {
+        parameter.replace(f".groups.{old}.", f".groups.{new}."): state
+        for parameter, state in load_states(other.path).items()
+        for old, new in theirs.items()
+        if f".groups.{old}." in parameter and new not in ours
+    }
+    arguments = {"other": other.lineage.weights_sha256, **operation.arguments}
+    return rewrite(source, output, replace(operation, arguments=arguments), more_states=states, **options)
+
+
+def check_names(source: Stored) -> None:
+    """Raise CheckpointError where files do not hold just what the configuration describes, as loading them would."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source.config)
+    state, found = model.state_dict(), set(source.tensors)
+    # What older versions of transformers saved beside the weights.
+    known = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
+    tied = set(model.all_tied_weights_keys)
+    missing = sorted(set(state) - tied - found)
+    unknown = sorted(name for name in found - set(state) if not any(re.search(pattern, name) for pattern in known))
+    shared = {name: _kind(source.tensors[name]) for name in sorted(found & set(state))}
+    misshapen = [
+        f"{name} is {list(shape)}, not {list(state[name].shape)}"
+        for name, (shape, _) in shared.items()
+        if shape != state[name].shape
+    ]
+    odd = [f"{name} is {dtype}" for name, (_, dtype) in shared.items() if not dtype.is_floating_point]
+    problems = {"missing": missing, "unknown": unknown, "of other shapes": misshapen, "not of floating point": odd}
+    told = [
+        f"{len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+        for what, names in problems.items()
+        if names
+    ]
+    if told:
+        raise CheckpointError(f"checkpoint {source.path} does not fit its own config.json: {'; '.join(told)}")
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype

@@ -1,0 +1,277 @@
+"""The command line: parse, call one function, print."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from shlex import quote
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from .compare import comparisons
+from .groups import Checkpoint, Force, Output, groups, rewriting
+
+app = typer.Typer(
+    help="Transformers whose parameters are tokens: train one, then make it bigger without losing what it knows.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+converters = typer.Typer(help="Other formats' checkpoints into ours, and back.", no_args_is_help=True)
+app.add_typer(converters, name="convert")
+app.add_typer(groups)
+app.add_typer(comparisons)
+Keep = Annotated[float, typer.Option(help="Share of each token group to load, of a sliced checkpoint.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; see `tokenformer recipe --explain`.", metavar="RECIPE")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Run folder.  [default: runs/NAME of the recipe]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run to the same weights.")] = False,
+    force: Force = False,
+) -> None:
+    """Train a recipe: stage after stage, growing in between."""
+    from ..training.recipe import load_recipe
+    from ..training.train import train as run
+    from .displays import TrainingDisplay, quiet_libraries, stage_table
+
+    quiet_libraries()
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun, one process speaks
+    folder = output or Path("runs") / recipe.stem
+    content = load_recipe(recipe)
+    try:
+        with TrainingDisplay(console) as display:
+            checkpoints = run(content, folder, resume=resume, force=force, on_event=display)
+    except KeyboardInterrupt:
+        where = f" -o {quote(str(output))}" if output else ""
+        command = f"tokenformer train {quote(str(recipe))}{where} --resume"
+        began = (folder / "log.jsonl").exists()
+        hint = f"Continue with: {command}" if began else "Nothing had begun."
+        Console(stderr=True).print(f"Interrupted. {hint}", markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    console.print(stage_table((f"{i + 1}", c) for i, c in enumerate(checkpoints)))
+    console.print(f"Final checkpoint: {checkpoints[-1]}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; empty starts a document.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Text tokens to write.", min=1)] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest; higher is wilder.", min=0)] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample among this many likeliest; 0 is all.", min=0)] = 50,
+    seed: Annotated[int | None, typer.Option(help="For the same text again.")] = None,
+    keep: Keep = 1.0,
+) -> None:
+    """Continue a text, streaming it as it is written."""
+    import torch
+    from transformers import TextStreamer
+
+    from ..checkpoints.checkpoint import load_checkpoint
+    from ..errors import TokenizerError
+    from .displays import quiet_libraries
+
+    quiet_libraries()
+    model, tokenizer, _ = load_checkpoint(checkpoint, keep=keep)
+    model.to(torch.accelerator.current_accelerator() or "cpu")
+    if tokenizer is None:
+        raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")
+    if seed is not None:
+        torch.manual_seed(seed)
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    ids = [start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    room = model.config.max_position_embeddings - len(ids)
+    if room < 1:
+        raise TokenizerError(
+            f"the prompt is {len(ids)} text tokens long; the model reads at most {model.config.max_position_embeddings}"
+        )
+    if max_new_tokens > room:
+        Console(stderr=True).print(f"The model's context leaves room for {room} of {max_new_tokens} text tokens.")
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    model.generate(
+        torch.tensor([ids], device=model.device),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
+        max_new_tokens=min(max_new_tokens, room),
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampling,
+    )
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    text: Annotated[
+        list[str] | None, typer.Option(help="File, folder, glob or dataset to read; may be repeated.", metavar="SOURCE")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval's tasks, or task files, separated by commas.", metavar="TASKS")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task.  [default: all]", min=1)] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Text tokens in a block of text.  [default: as trained]", min=2)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Blocks or requests at a time.", min=1)] = 16,
+    keep: Keep = 1.0,
+) -> None:
+    """Measure bits per byte on any text, and run lm-eval's tasks."""
+    import torch
+
+    from ..checkpoints.checkpoint import load_checkpoint
+    from ..errors import EvaluationError, TokenizerError
+    from ..evaluate import evaluate_tasks, evaluate_text
+    from ..training.recipe import parse_recipe
+    from .displays import quiet_libraries, task_table
+
+    quiet_libraries()
+    if not text and not tasks:
+        raise EvaluationError("nothing to evaluate on: give --text SOURCE, --tasks TASKS, or both")
+    model, tokenizer, lineage = load_checkpoint(checkpoint, keep=keep)
+    if tokenizer is None:
+        raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")
+    model.to(torch.accelerator.current_accelerator() or "cpu")
+    console = Console()
+    if text:
+        trained = parse_recipe(lineage.last_recipe).training.sequence_length if lineage.last_recipe else None
+        length = sequence_length or trained or model.config.max_position_embeddings
+        title = f"Text, in blocks of {length:,} text tokens"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("source", "text tokens", "loss", "bits/byte"):
+            table.add_column(column, justify="left" if column == "source" else "right")
+        for source in text:
+            found = evaluate_text(model, tokenizer, source, sequence_length=length, batch_size=batch_size)
+            table.add_row(source, f"{found.text_tokens:,}", f"{found.loss:.4f}", f"{found.bits_per_byte:.4f}")
+        console.print(table)
+    if tasks:
+        results = evaluate_tasks(model, tokenizer, tasks.split(","), limit=limit, batch_size=batch_size)
+        console.print(task_table(results))
+
+
+@app.command()
+def push(
+    checkpoint: Checkpoint,
+    repository: Annotated[str, typer.Argument(help="On the Hub: USER/NAME.", metavar="REPOSITORY")],
+    license: Annotated[str | None, typer.Option(help="Of the weights, for the model card: apache-2.0, …")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Only you can see it, if it is new.")] = False,
+) -> None:
+    """Publish a checkpoint on the Hugging Face Hub, with its model card."""
+    from ..checkpoints.hub import push_to_hub
+    from .displays import quiet_libraries
+
+    quiet_libraries()
+    address = push_to_hub(checkpoint, repository, private=private, license=license)
+    Console().print(f"Published: {address}", markup=False, soft_wrap=True)
+
+
+@converters.command("official")
+def convert_official(
+    weights: Annotated[Path, typer.Argument(help="pytorch_model.bin, or a folder of layer files.", metavar="WEIGHTS")],
+    config: Annotated[Path, typer.Option(help="The official YAML, such as 150M_eval.yml.")],
+    output: Output,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="To keep beside it: tokenizer.json, folder or name (official: GPT-NeoX-20B's).")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Turn an official TokenFormer checkpoint into an ordinary Hugging Face model."""
+    from ..convert.files import convert_official as run
+    from .displays import quiet_libraries, stage_table
+
+    quiet_libraries()
+    console = Console()
+    with rewriting(console) as on_progress:
+        run(weights, config, output, tokenizer=tokenizer, force=force, on_progress=on_progress)
+    console.print(stage_table([("converted", output)]))
+    console.print(f"Written: {output}", markup=False, soft_wrap=True)
+    if tokenizer is None:
+        console.print("Without a tokenizer it reads and writes ids only; --tokenizer keeps GPT-NeoX-20B's beside it.")
+
+
+@converters.command("transformer")
+def convert_transformer(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of a GPT-NeoX checkpoint, such as Pythia's.", metavar="DIR")
+    ],
+    output: Output,
+    force: Force = False,
+) -> None:
+    """Turn an ordinary GPT-NeoX into a TokenFormer that computes the same, and can grow everywhere."""
+    from ..convert.transformer import convert_transformer as run
+    from .displays import quiet_libraries, stage_table
+
+    quiet_libraries()
+    console = Console()
+    with rewriting(console) as on_progress:
+        run(checkpoint, output, force=force, on_progress=on_progress)
+    console.print(stage_table([("converted", output)]))
+    console.print(f"Written: {output}", markup=False, soft_wrap=True)
+
+
+@converters.command("to-official")
+def convert_to_official(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file, such as pytorch_model.bin.")],
+    force: Force = False,
+) -> None:
+    """Write a checkpoint as the official code reads it: one file, and its YAML beside it."""
+    from ..checkpoints.checkpoint import read_config
+    from ..convert.files import convert_to_official as run
+    from ..convert.official import expressed_tokens
+    from ..models.configuration_tokenformer import PROJECTIONS
+    from .displays import quiet_libraries
+
+    quiet_libraries()
+    described = run(checkpoint, output, force=force)
+    config, console = read_config(checkpoint), Console()
+    for projection, count in expressed_tokens(config).items():
+        extra = count - getattr(config, f"{projection}_param_tokens")
+        if extra:
+            console.print(
+                f"{projection}: {extra} parameter tokens without value were added to each of "
+                f"{len(PROJECTIONS[projection])} map(s) a block, because the official code would take another τ"
+            )
+    console.print(f"Written: {output} and {described}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def recipe(
+    explain: Annotated[bool, typer.Option("--explain", help="Every field with its type, default and meaning.")] = False,
+) -> None:
+    """Print a recipe to start from, and the presets it may name."""
+    from ..models.configuration_tokenformer import PRESETS
+    from ..training.recipe import EXAMPLE, fields
+
+    if not explain:
+        typer.echo(EXAMPLE + "# presets: " + ", ".join(PRESETS))
+        return
+    console = Console()
+    for key, kind, default, meaning in fields():
+        facts = f"{kind}; {default}" if default == "required" else f"{kind}; default {default}" if default else kind
+        console.print(f"[bold]{escape(key)}[/bold]  [dim]{escape(facts)}[/dim]", highlight=False, soft_wrap=True)
+        console.print(Padding(escape(meaning), (0, 0, 0, 4)), highlight=False)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake gives a message and exit code 2, never a traceback."""
+    from ..errors import TokenformerError
+
+    try:
+        app()
+    except TokenformerError as error:
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,406 @@
+"""The commands on token groups: parse, call one function, print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+groups = typer.Typer()
+Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output.")]
+Checkpoint = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", metavar="CHECKPOINT")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the new checkpoint.")]
+Parts = Annotated[
+    list[str], typer.Argument(help='Token groups, "embedding", "final_norm" or "linear_maps".', metavar="NAME…")
+]
+Text = Annotated[str, typer.Option(help="Text to judge by: file, folder, glob or dataset.", metavar="SOURCE")]
+
+
+@groups.command()
+def grow(
+    checkpoint: Checkpoint,
+    output: Output,
+    preset: Annotated[str | None, typer.Option(help="Grow to the sizes of this preset, such as 354m.")] = None,
+    qkv_param_tokens: Annotated[
+        str | None, typer.Option(help='Query, key, value: a total, or what to add: "+256", "+50%".', metavar="AMOUNT")
+    ] = None,
+    output_param_tokens: Annotated[
+        str | None, typer.Option(help="Attention output, likewise.", metavar="AMOUNT")
+    ] = None,
+    ffn_param_tokens: Annotated[
+        str | None,
+        typer.Option(
+            "--ffn-param-tokens", "--ffn", help="Feed-forward (an MLP's neurons), likewise.", metavar="AMOUNT"
+        ),
+    ] = None,
+    num_hidden_layers: Annotated[str | None, typer.Option(help="Depth, likewise.", metavar="AMOUNT")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the new token group.  [default: grown1, grown2, …]")] = None,
+    norm: Annotated[
+        Literal["joint", "per-group"] | None,
+        typer.Option(help="One norm for all token groups or one each; to choose while there is one group."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the new random values.")] = 0,
+    force: Force = False,
+) -> None:
+    """Make a model bigger, a TokenFormer or an ordinary transformer; its outputs stay the same."""
+    import torch
+
+    from ..growth.grow import grow_operation
+
+    torch.manual_seed(seed)
+
+    def operation(source: Any) -> Any:
+        return grow_operation(
+            source.config,
+            preset=preset,
+            qkv_param_tokens=qkv_param_tokens,
+            output_param_tokens=output_param_tokens,
+            ffn_param_tokens=ffn_param_tokens,
+            num_hidden_layers=num_hidden_layers,
+            name=name,
+            token_group_norm=norm.replace("-", "_") if norm else None,
+            seed=int(torch.randint(2**62, ())),
+            dtype=source.dtype,
+        )
+
+    _rewrite(checkpoint, output, operation, force=force, same=True, seed=seed)
+
+
+@groups.command()
+def freeze(checkpoint: Checkpoint, parts: Parts, output: Output, force: Force = False) -> None:
+    """Mark parts of a checkpoint that training must not move."""
+    from ..growth.freeze import freeze_operation
+
+    _rewrite(checkpoint, output, lambda source: freeze_operation(source.config, parts), force=force, same=True)
+
+
+@groups.command()
+def unfreeze(checkpoint: Checkpoint, parts: Parts, output: Output, force: Force = False) -> None:
+    """Let parts of a checkpoint train again."""
+    from ..growth.freeze import unfreeze_operation
+
+    _rewrite(checkpoint, output, lambda source: unfreeze_operation(source.config, parts), force=force, same=True)
+
+
+@groups.command()
+def drop(
+    checkpoint: Checkpoint,
+    names: Annotated[list[str], typer.Argument(help="Token groups.", metavar="GROUP…")],
+    output: Output,
+    force: Force = False,
+) -> None:
+    """Remove token groups; if the others were frozen meanwhile, exactly the earlier model is left."""
+    from ..growth.groups import drop_operation
+
+    _rewrite(checkpoint, output, lambda source: drop_operation(source.config, names), force=force)
+
+
+@groups.command()
+def consolidate(
+    checkpoint: Checkpoint,
+    output: Output,
+    names: Annotated[list[str] | None, typer.Argument(help="Token groups.  [default: all]", metavar="GROUP…")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the one they become.  [default: that of the first]")] = None,
+    force: Force = False,
+) -> None:
+    """Make one token group of several: the same outputs to rounding, at the speed of one."""
+    from ..growth.groups import consolidate_operation
+
+    operation = lambda source: consolidate_operation(source.config, names or None, name=name)  # noqa: E731
+    _rewrite(checkpoint, output, operation, force=force, same=True)
+
+
+@groups.command()
+def merge(
+    checkpoint: Checkpoint,
+    other: Annotated[Path, typer.Argument(help="Another child of the same parent.", metavar="OTHER")],
+    output: Output,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(help="New name of a group of OTHER, OLD=NEW; may be repeated.", metavar="OLD=NEW"),
+    ] = None,
+    norm: Annotated[
+        Literal["joint", "per-group"] | None,
+        typer.Option(help="One norm for all token groups or one each.  [default: per-group]"),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Unite the token groups of two models grown apart from one parent."""
+    from ..checkpoints.rewrite import merge_checkpoints, open_checkpoint
+    from ..errors import GrowthError
+    from .displays import quiet_libraries
+
+    quiet_libraries()
+    pairs = [pair.partition("=") for pair in rename or []]
+    if not all(old and new for old, _, new in pairs):
+        raise GrowthError(f"--rename takes OLD=NEW, such as grown1=python; found {', '.join(rename or [])}")
+    console = Console()
+    with rewriting(console) as on_progress:
+        merge_checkpoints(
+            open_checkpoint(checkpoint),
+            open_checkpoint(other),
+            output,
+            rename={old: new for old, _, new in pairs},
+            norm=norm.replace("-", "_") if norm else None,
+            force=force,
+            on_progress=on_progress,
+        )
+    _report(console, ("one", checkpoint), ("other", other), ("merged", output))
+
+
+@groups.command()
+def split(
+    checkpoint: Checkpoint,
+    group: Annotated[str, typer.Argument(help="Token group.", metavar="GROUP")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The add-on file, *.safetensors.")],
+    force: Force = False,
+) -> None:
+    """Save one token group alone, as an add-on for its parent."""
+    from ..checkpoints.addons import split_state
+    from ..checkpoints.rewrite import open_checkpoint
+    from .displays import quiet_libraries
+
+    quiet_libraries()
+    source = open_checkpoint(checkpoint)
+    source.verification.result()  # an add-on of damaged weights would fit no parent
+    file = split_state(source.config, source.tensors, group, output, force=force)
+    Console().print(f"Written: {file} ({file.stat().st_size / 1e6:,.1f} MB)", markup=False, soft_wrap=True)
+
+
+@groups.command()
+def attach(
+    checkpoint: Checkpoint,
+    addon: Annotated[Path, typer.Argument(help="File that `tokenformer split` wrote.", metavar="ADDON")],
+    output: Output,
+    name: Annotated[str | None, typer.Option(help="Of the group there.  [default: as it was]")] = None,
+    force: Force = False,
+) -> None:
+    """Put an add-on onto its parent; another parent is refused."""
+    from ..checkpoints.addons import attach_operation
+
+    operation = lambda source: attach_operation(source.config, source.tensors, addon, name=name)  # noqa: E731
+    _rewrite(checkpoint, output, operation, force=force)
+
+
+@groups.command()
+def prune(
+    checkpoint: Checkpoint,
+    output: Output,
+    keep: Annotated[float, typer.Option(help="Share of the parameter tokens to keep.")],
+    text: Text,
+    scope: Annotated[
+        Literal["layer", "global"],
+        typer.Option(help="That share of every group in every map, or wherever they matter."),
+    ] = "layer",
+    force: Force = False,
+) -> None:
+    """Keep the parameter tokens that matter most for a text."""
+    from ..growth.select import check_share, prune_operation
+
+    check_share(keep)
+    _select(checkpoint, output, text, lambda m, blocks: prune_operation(m, blocks, keep=keep, scope=scope), force=force)
+
+
+@groups.command()
+def slice(checkpoint: Checkpoint, output: Output, text: Text, force: Force = False) -> None:
+    """Sort parameter tokens by importance, so that any prefix is a model: --keep when loading."""
+    from ..growth.select import slice_operation
+
+    _select(checkpoint, output, text, slice_operation, force=force)
+
+
+@groups.command()
+def route(
+    checkpoint: Checkpoint,
+    group: Annotated[str, typer.Argument(help="Token group.", metavar="GROUP")],
+    output: Output,
+    own: Annotated[list[str], typer.Option(help="Text it is for; may be repeated.", metavar="SOURCE")],
+    other: Annotated[list[str], typer.Option(help="Text it is not for; may be repeated.", metavar="SOURCE")],
+    force: Force = False,
+) -> None:
+    """Let a token group take part only for text of its kind."""
+    import datasets
+
+    from ..checkpoints.checkpoint import check_target, save_checkpoint
+    from ..growth.route import route as run
+
+    check_target(output, force=force)
+    model, tokenizer, lineage, sample = _judged(checkpoint)
+    own_blocks, other_blocks = (datasets.concatenate_datasets([sample(s) for s in kind]) for kind in (own, other))
+    routing = run(model, group, own_blocks, other_blocks)
+    arguments = {"group": group, "own": own, "other": other}
+    save_checkpoint(output, model, tokenizer, lineage.then("route", arguments=arguments), force=force)
+    console = Console()
+    console.print(
+        f"{group} takes part for {routing.open_on_own:.1%} of its own text and {routing.open_on_other:.1%} of the "
+        "other, mean over its gates",
+        highlight=False,
+        soft_wrap=True,
+    )
+    _report(console, ("before", checkpoint), ("after", output))
+
+
+@groups.command()
+def inspect(
+    checkpoint: Checkpoint,
+    text: Annotated[
+        str | None, typer.Option(help="Show how much this text uses each token group.", metavar="SOURCE")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Show which parameter tokens decide its next word.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw that into this file (PNG, PDF, SVG).", metavar="FILE")
+    ] = None,
+) -> None:
+    """Show a checkpoint's token groups, sizes, memory and lineage, and what a text or a prompt uses of them."""
+    from .. import cost
+    from ..checkpoints.checkpoint import read_config, verify_checkpoint
+    from ..errors import EvaluationError
+    from ..growth.architectures import architecture_of, token_groups
+    from .displays import lineage_table, quiet_libraries
+
+    if picture is not None and prompt is None:
+        raise EvaluationError("--picture shows what a prompt's next word came from; give --prompt as well")
+    quiet_libraries()
+    config, lineage = read_config(checkpoint), verify_checkpoint(checkpoint)
+    console, width = Console(), _width(config)
+    table = Table(title="Token groups", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    projections = list(architecture_of(config).counts)
+    for column in ("group", *projections, "tokens", "parameters", "MB", ""):
+        table.add_column(column, justify="left" if column in ("group", "") else "right")
+    tokens, counts = cost.group_tokens(config), cost.group_parameters(config)
+    for group in token_groups(config):
+        n = group["name"]
+        sizes = [f"{min(c)}–{max(c)}" if isinstance(c, list) else str(c) for c in (group[p] for p in projections)]
+        table.add_row(
+            n, *sizes, f"{tokens[n]:,}", f"{counts[n]:,}", f"{counts[n] * width / 1e6:,.1f}", _notes(config, group)
+        )
+    rest = cost.parameters(config) - sum(counts.values())
+    empty = [""] * (len(projections) + 1)
+    table.add_row("[i]everything else[/i]", *empty, f"{rest:,}", f"{rest * width / 1e6:,.1f}", "")
+    kind = getattr(config, "norm_activation_type", config.model_type)
+    console.print(
+        f"{checkpoint}: {cost.parameters(config):,} parameters, {config.num_hidden_layers} blocks of width "
+        f"{config.hidden_size}, {kind}, vocabulary {config.vocab_size:,}",
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"training needs {cost.training_bytes(config) / 1e6:,.0f} MB beside activations (float32, AdamW); generating "
+        f"reads {cost.parameters(config) * width / 1e6:,.1f} MB per text token",
+        soft_wrap=True,
+    )
+    console.print(table)
+    console.print(lineage_table(lineage))
+    console.print(f"weights sha256 {lineage.weights_sha256}")
+    if text is not None or prompt is not None:
+        _inspect_use(console, checkpoint, text, prompt, picture)
+
+
+@contextmanager
+def rewriting(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar while a checkpoint is written; gives the function to call with bytes done and in all."""
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("writing", total=None)
+        try:
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        except KeyboardInterrupt:
+            bar.stop()
+            Console(stderr=True).print("Interrupted. Nothing was written.")
+            raise typer.Exit(130) from None
+
+
+def _rewrite(
+    checkpoint: Path, output: Path, operation: Callable[[Any], Any], *, force: bool, same: bool = False, **event: Any
+) -> None:
+    """Do to the files of a checkpoint what `operation` says of it; `same`: its loss stays what it was."""
+    from ..checkpoints.checkpoint import check_target
+    from ..checkpoints.rewrite import open_checkpoint, rewrite
+    from .displays import quiet_libraries
+
+    quiet_libraries()
+    check_target(output, force=force)
+    source, console = open_checkpoint(checkpoint), Console()
+    with rewriting(console) as on_progress:
+        rewrite(source, output, operation(source), force=force, on_progress=on_progress, same_loss=same, **event)
+    _report(console, ("before", checkpoint), ("after", output))
+
+
+def _select(checkpoint: Path, output: Path, text: str, operation: Callable[[Any, Any], Any], *, force: bool) -> None:
+    """Judge parameter tokens by a text, and write the checkpoint that `operation` makes of them."""
+    from dataclasses import replace
+
+    from ..checkpoints.checkpoint import check_target
+
+    check_target(output, force=force)
+    model, _, _, sample = _judged(checkpoint)
+    found = operation(model, sample(text))
+    _rewrite(
+        checkpoint, output, lambda source: replace(found, arguments={**found.arguments, "text": text}), force=force
+    )
+
+
+def _judged(checkpoint: Path) -> tuple[Any, Any, Any, Callable[[str], Any]]:
+    """Load a checkpoint, and give a function that reads text for it."""
+    import torch
+
+    from ..checkpoints.checkpoint import load_checkpoint
+    from ..data.text import sample_blocks
+    from ..errors import TokenizerError
+    from .displays import quiet_libraries
+
+    quiet_libraries()
+    model, tokenizer, lineage = load_checkpoint(checkpoint)
+    if tokenizer is None:
+        raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")
+    model.to(torch.accelerator.current_accelerator() or "cpu")
+    length = min(model.config.max_position_embeddings, 512)
+    return model, tokenizer, lineage, lambda source: sample_blocks(source, tokenizer, block_length=length)
+
+
+def _inspect_use(
+    console: Console, checkpoint: Path, text: str | None, prompt: str | None, picture: Path | None
+) -> None:
+    import torch
+
+    from ..explain import activity_table, contribution_table, explain
+    from ..explain import picture as draw
+    from ..growth.importance import measure
+
+    model, tokenizer, _, sample = _judged(checkpoint)
+    if text is not None:
+        console.print(activity_table(measure(model, sample(text))))
+    if prompt is not None:
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        ids = [start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        explanation = explain(model, torch.tensor([ids], device=model.device))
+        console.print(contribution_table(explanation, tokenizer))
+        if picture is not None:
+            draw(explanation, tokenizer, picture)
+            console.print(f"Drawn: {picture}", markup=False, soft_wrap=True)
+
+
+def _report(console: Console, *rows: tuple[str, Path]) -> None:
+    from .displays import stage_table
+
+    console.print(stage_table(rows))
+    console.print(f"Written: {rows[-1][1]}", markup=False, soft_wrap=True)
+
+
+def _notes(config: Any, group: dict[str, Any]) -> str:
+    notes = [f"with blocks {', '.join(map(str, group['blocks']))}"] if group.get("blocks") else []
+    notes += ["routed"] if group.get("routed") else []
+    return ", ".join([*notes, *(["frozen"] if group["name"] in (getattr(config, "frozen", None) or []) else [])])
+
+
+def _width(config: Any) -> int:
+    import torch
+
+    return (config.dtype or torch.float32).itemsize

@@ -1,0 +1,142 @@
+"""What moves in a stage, by how much, and with which memory of earlier stages."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..growth.architectures import architecture_of
+from ..growth.grow import grow
+from ..growth.neurons import group_neurons
+from ..models.pattention import BASE_GROUP
+from .recipe import Recipe, Stage
+
+OPTIMIZER_FILE = "optimizer.pt"
+OptimizerState = dict[str, dict[str, torch.Tensor]]
+
+
+def steps_of(stage: Stage, recipe: Recipe) -> int:
+    """Optimizer steps of a stage: its text tokens, rounded up to whole batches."""
+    return math.ceil(stage.text_tokens / (recipe.training.batch_size * recipe.training.sequence_length))
+
+
+def learning_rate(recipe: Recipe, stage: int, step: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) of stage `stage` (from 0)."""
+    t = recipe.training
+    steps = [steps_of(s, recipe) for s in recipe.stages]
+    peak = recipe.stages[stage].learning_rate or t.learning_rate
+    if t.schedule == "cosine":
+        warmup = t.warmup * steps[stage]
+        if step < warmup:
+            return peak * (step + 1) / (warmup + 1)
+        progress = (step - warmup) / max(1.0, steps[stage] - warmup)
+        return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    total, now = sum(steps), sum(steps[:stage]) + step
+    rise = (now + 1) / (t.warmup * total + 1)
+    fall = 1.0 if t.schedule == "constant" else (total - now) / max(1.0, t.decay * total)
+    return peak * min(1.0, rise, fall)
+
+
+def load_states(checkpoint: str | Path) -> OptimizerState:
+    """Read the optimizer's states by parameter name; none where the checkpoint came without.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = Path(checkpoint) / OPTIMIZER_FILE
+    if not file.exists():
+        return {}
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"checkpoint {checkpoint} is damaged: {OPTIMIZER_FILE}: {reason}; delete it to start the optimizer afresh"
+        ) from error
+
+
+def states_by_group(model: Any, states: OptimizerState) -> OptimizerState:
+    """Keep an ordinary model's neurons by token group from here on, and return `states` under their names there."""
+    group_neurons(model)
+    own = {name for name, _ in model.named_parameters()}
+
+    def grouped(name: str) -> str:
+        module, _, leaf = name.rpartition(".")
+        return name if name in own else f"{module}.groups.{BASE_GROUP}.{leaf}"
+
+    return {grouped(name): state for name, state in states.items()}
+
+
+def grow_with_states(model: Any, states: OptimizerState, **growth: Any) -> OptimizerState:
+    """Grow `model` in place, and return `states` under the names that growing gave their parameters.
+
+    Raises:
+        GrowthError: as `grow`.
+    """
+    states = states_by_group(model, states)
+    before = {id(p): name for name, p in model.named_parameters()}
+    grow(model, **growth)
+    names = {before[id(p)]: name for name, p in model.named_parameters() if id(p) in before}
+    return {names[name]: state for name, state in states.items()}
+
+
+class CombinedOptimizer(torch.optim.Optimizer):
+    """Several optimizers, each of its own parameters, as one: their parameter groups in a row, and one state.
+
+    `state`, `param_groups` and state dicts are those of any optimizer, so that schedules, accelerate and the Trainer
+    need to know nothing of the parts.
+    """
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Let every part take its step; returns what `closure` returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            # Anew in every step, for loading a state dict replaces them.
+            part.state, part.param_groups = self.state, [next(groups) for _ in part.param_groups]
+            part.step()
+        return loss
+
+
+def make_optimizer(model: Any, recipe: Recipe, states: OptimizerState) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer over what trains, each parameter with the state it had in an earlier stage.
+
+    A parameter starts afresh where it had none, where that was another optimizer's, and where the recipe says so.
+    """
+    t = recipe.training
+    training = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    blocks = model.base_model.get_submodule(architecture_of(model.config).blocks)
+    matrices = {p for p in blocks.parameters() if p.dim() == 2} if t.optimizer == "muon" else set()
+    muon = [p for p in training.values() if p in matrices]
+    others = [p for p in training.values() if p not in matrices]
+    groups = [
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": t.weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    # The schedule multiplies lr = 1: it returns learning rates, not factors.
+    parts: list[torch.optim.Optimizer] = []
+    if muon:
+        parts.append(torch.optim.Muon(muon, lr=1.0, weight_decay=t.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if others:
+        groups = [group for group in groups if group["params"]]
+        parts.append(torch.optim.AdamW(groups, lr=1.0, betas=(t.beta1, t.beta2), eps=1e-8, fused=True))
+    optimizer = parts[0] if len(parts) == 1 else CombinedOptimizer(parts)
+    for name, p in training.items():
+        own = ("momentum_buffer",) if p in matrices else ("step", "exp_avg", "exp_avg_sq")
+        had = states.get(name, {}) if t.keep_optimizer_state else {}
+        if set(own) <= had.keys():
+            optimizer.state[p] = {key: had[key].to(p.device, copy=True) for key in own}
+    return optimizer

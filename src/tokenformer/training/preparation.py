@@ -1,0 +1,189 @@
+"""What happens before the first step: the run folder, the text, and a rehearsal of every stage."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+
+from ..checkpoints.checkpoint import check_target, disk_errors, load_tokenizer, read_config
+from ..data.text import TextData, prepare
+from ..errors import CheckpointError, GrowthError, RecipeError, TokenizerError
+from ..growth.freeze import freeze_only
+from ..growth.grow import grow
+from ..models.configuration_tokenformer import TokenformerConfig
+from .recipe import Recipe, Stage, parse_recipe
+
+# Fields of TrainingArguments that do nothing beside our optimizer, schedule and validation; those that break resuming.
+_DECIDED = ("learning_rate", "lr_", "optim", "weight_decay", "adam_", "warmup_", "num_train_epochs", "eval_", "save_")
+_BREAKING = ("ignore_data_skip", "per_device_", "fp16", "auto_find_batch_size")
+
+
+def processes() -> PartialState:
+    """Return which of the run's processes this is; under torchrun there are several."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+@contextmanager
+def new_run(recipe: Recipe, run: Path, *, force: bool) -> Iterator[None]:
+    """Make the run folder; if preparing the run fails, it vanishes again, and what it was to replace comes back."""
+    check_target(run, force=True)
+    if run.exists() and not force:
+        hint = "--resume to continue it, " if (run / "recipe.yaml").exists() else ""
+        raise CheckpointError(f"{run} exists already; {hint}--force to replace it, or --output for another place")
+    with ExitStack() as undo:
+        replaced = run.with_name(f".{run.name}.replaced")
+        fresh = run.with_name(f".{run.name}.{os.getpid()}.tmp")
+        content = recipe.model_dump(exclude_unset=True)
+        with disk_errors(run):
+            fresh.mkdir(parents=True)
+            undo.callback(shutil.rmtree, fresh, ignore_errors=True)
+            (fresh / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+            if run.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                run.rename(replaced)
+                undo.callback(replaced.rename, run)
+            fresh.rename(run)
+            undo.callback(shutil.rmtree, run)
+        yield
+        undo.pop_all()
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_resumable(recipe: Recipe, run: Path) -> None:
+    """Raise CheckpointError where there is no run, RecipeError where it began with another recipe."""
+    file = run / "recipe.yaml"
+    check_target(run, force=True)
+    if not file.exists():
+        raise CheckpointError(f"nothing to resume: {run} holds no run; start it without --resume")
+    began = parse_recipe(yaml.safe_load(file.read_text()), where=str(file))
+    if began != recipe:
+        changed = [k for k in Recipe.model_fields if getattr(began, k) != getattr(recipe, k)]
+        raise RecipeError(
+            f"the recipe differs from the one this run began with ({file}) in: {', '.join(changed)}; resume with "
+            "that one, or start another run with --output"
+        )
+    for left_by_a_kill in [*run.glob(".stage*.tmp"), run.with_name(f".{run.name}.replaced")]:
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+
+
+def prepare_run(recipe: Recipe, run: Path) -> TextData:
+    """Read the text, and rehearse every stage without weights: no mistake should wait behind hours of training."""
+    initial = recipe.model.checkpoint
+    config = read_config(initial) if initial is not None else None
+    tokenizer = load_tokenizer(initial, config) if initial is not None and config is not None else None
+    length = recipe.training.sequence_length
+    with processes().main_process_first():
+        data = prepare(recipe.data, sequence_length=length, tokenizer_folder=run / "tokenizer", tokenizer=tokenizer)
+    if config is not None and len(data.tokenizer) > config.vocab_size:
+        raise TokenizerError(
+            f"tokenizer {recipe.data.tokenizer} has {len(data.tokenizer)} entries, the embedding of {initial}, which "
+            f"came without a tokenizer, {config.vocab_size}: name the one it was trained with as data.tokenizer"
+        )
+    if config is not None and config.model_type != "tokenformer" and length > config.max_position_embeddings:
+        raise RecipeError(
+            f"training.sequence_length is {length}, more than the {config.max_position_embeddings} text tokens that "
+            f"the model in {initial} can read"
+        )
+    training_arguments(recipe, run, steps=1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config or first_config(recipe, data))
+        for i, stage in enumerate(recipe.stages):
+            try:
+                if stage.growth:
+                    grow(model, **stage.growth)
+            except GrowthError as error:
+                raise GrowthError(f"stages.{i}: {error}") from error
+            try:
+                freeze_only(model, frozen_parts(stage, model.config))
+            except GrowthError as error:
+                raise RecipeError(f"stages.{i}: {error}") from error
+            if stage.nested_dropout is not None and model.config.model_type != "tokenformer":
+                raise RecipeError(f"stages.{i}: nested_dropout takes prefixes of a TokenFormer's token groups only")
+    return data
+
+
+def frozen_parts(stage: Stage, config: Any) -> list[str]:
+    """Return what a stage freezes: what it says, or else what the checkpoint has frozen."""
+    return stage.frozen if stage.frozen is not None else list(getattr(config, "frozen", None) or [])
+
+
+def first_config(recipe: Recipe, data: TextData) -> TokenformerConfig:
+    """Return the first stage's configuration: the recipe's sizes, the tokenizer's vocabulary."""
+    return recipe.model.config(
+        vocab_size=len(data.tokenizer),
+        max_position_embeddings=recipe.training.sequence_length,
+        eos_token_id=data.tokenizer.eos_token_id,
+        bos_token_id=data.tokenizer.eos_token_id,
+    )
+
+
+def training_arguments(recipe: Recipe, output: Path, *, steps: int) -> TrainingArguments:
+    """Return the recipe in the Trainer's words.
+
+    Raises:
+        RecipeError: batches that do not divide, or `training_arguments` that are unknown or decided elsewhere.
+    """
+    t = recipe.training
+    count = processes().num_processes
+    micro = t.micro_batch_size or max(1, t.batch_size // count)
+    if t.batch_size % (micro * count):
+        raise RecipeError(
+            f"training.batch_size {t.batch_size} is not a multiple of micro_batch_size {micro} × {count} "
+            "processes; change one of them"
+        )
+    ours: dict[str, Any] = {
+        "output_dir": str(output),
+        "max_steps": steps,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": t.batch_size // (micro * count),
+        "max_grad_norm": t.max_grad_norm,
+        "bf16": use_bfloat16(t.precision),
+        "use_cpu": not torch.accelerator.is_available(),
+        "save_strategy": "steps",
+        "save_steps": t.save_every,
+        "save_total_limit": 2,
+        "logging_steps": t.log_every,
+        "report_to": t.report_to,
+        "train_sampling_strategy": "sequential",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "seed": recipe.seed,
+    }
+    taken = sorted(name for name in t.training_arguments if name in ours or name.startswith(_DECIDED + _BREAKING))
+    if taken:
+        raise RecipeError(f"training.training_arguments sets {', '.join(taken)}, which other recipe fields decide")
+    try:
+        arguments = TrainingArguments(**ours, **t.training_arguments)
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:
+        raise RecipeError(f"training.training_arguments: {error}") from error
+    try:
+        for reporter in get_reporting_integration_callbacks(t.report_to):
+            reporter()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise RecipeError(f"training.report_to: {error}") from error
+    if arguments.n_gpu > 1:
+        raise RecipeError(
+            f"this process sees {arguments.n_gpu} GPUs and would use them with other batches than the recipe's; start "
+            f"one process each: torchrun --nproc-per-node {arguments.n_gpu} -m tokenformer train …"
+        )
+    return arguments
+
+
+def use_bfloat16(precision: str) -> bool:
+    """Whether to compute in bfloat16: on "auto" only with units for it, since CPUs without emulate it slowly."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,400 @@
+"""Training recipes: what to train, on which text, in which stages. A YAML file is a `Recipe`, field for field.
+
+`tokenformer recipe --explain` prints the docstring under every field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from .. import cost
+from ..errors import RecipeError
+from ..growth.architectures import ARCHITECTURES
+from ..growth.grow import Amount
+from ..models.configuration_tokenformer import PRESETS, TokenformerConfig
+
+EXAMPLE = """\
+# tokenformer train THIS_FILE
+model:
+  preset: 1m-parallel
+  ffn_tau: 39.2              # √1536, the parameter tokens that it will grow to
+data:
+  source: shakespeare        # or your files: [notes/, "books/*.txt", corpus.jsonl]
+  tokenizer: bpe:4096
+training:
+  batch_size: 16
+  sequence_length: 128
+stages:
+  - text_tokens: 1_000_000
+  - ffn_param_tokens: +100%  # grow, losing nothing, and train on
+    text_tokens: 1_000_000
+"""
+
+
+class Section(BaseModel):
+    """Part of a recipe: no unknown keys, a docstring under each field as its help text."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+class ModelSection(Section):
+    """The model of the first stage."""
+
+    preset: str | None = None
+    """Sizes to start from, such as "1m-parallel"; fields below override it. `tokenformer recipe` lists the presets."""
+    hidden_size: int | None = Field(None, gt=0)
+    """Width of the residual stream."""
+    num_hidden_layers: int | None = Field(None, gt=0)
+    """Blocks."""
+    num_attention_heads: int | None = Field(None, gt=0)
+    """Attention heads; they divide hidden_size."""
+    qkv_param_tokens: int | None = Field(None, ge=0)
+    """Parameter tokens of each of the query, key and value projections; 0 makes plain linear maps."""
+    output_param_tokens: int | None = Field(None, ge=0)
+    """Parameter tokens of the attention's output projection; 0 makes a plain linear map."""
+    ffn_param_tokens: int | None = Field(None, ge=0)
+    """Parameter tokens of the feed-forward."""
+    norm_activation_type: Literal["l2_norm_gelu", "gelu_l2_norm", "gelu_l1_norm", "softmax", "gelu"] | None = None
+    """How scores become weights; l2_norm_gelu is the paper's."""
+    qkv_tau: float | None = Field(None, gt=0)
+    """Constant τ of the query, key and value projections. Default: √n of their parameter tokens. Growth keeps it, so a
+    model that will grow does best to begin with √n of those it grows to (docs/compare.md)."""
+    output_tau: float | None = Field(None, gt=0)
+    """Likewise of the attention's output."""
+    ffn_tau: float | None = Field(None, gt=0)
+    """Likewise of the feed-forward."""
+    elementwise_affine: bool | None = None
+    """Give the norms in the blocks weights and biases. Default: no (paper)."""
+    use_qk_norm: bool | None = None
+    """Divide each head's query and key by their root mean square, before the rotary embedding. Default: no (paper)."""
+    use_parallel_residual: bool | None = None
+    """Let attention and feed-forward both read the block's input, as in GPT-NeoX. Default: no (paper)."""
+    value_initializer_range: float | None = Field(None, gt=0)
+    """Standard deviation of new values, of the first stage and of growth. Default: 2 / (blocks · √hidden_size)."""
+    checkpoint: str | None = None
+    """Folder of a checkpoint to start from instead: its weights, its tokenizer. No field above goes with it."""
+
+    def config(self, **derived: Any) -> TokenformerConfig:
+        """Return the configuration; `derived` holds what data and tokenizer decide.
+
+        Raises:
+            RecipeError: sizes that make no model.
+        """
+        given = self.model_dump(exclude={"preset", "checkpoint"}, exclude_none=True)
+        try:
+            return TokenformerConfig(**{**(PRESETS[self.preset] if self.preset else {}), **derived, **given})
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise RecipeError(f"model: {error.__cause__ or error}") from error
+
+    @model_validator(mode="after")
+    def _known_preset(self) -> ModelSection:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}")
+        if self.checkpoint is not None and self.model_fields_set != {"checkpoint"}:
+            others = ", ".join(sorted(self.model_fields_set - {"checkpoint"}))
+            raise ValueError(f"checkpoint brings its own sizes; take out {others}, or grow in a stage")
+        return self
+
+
+class DataSection(Section):
+    """The text: where from, how held out, how tokenised."""
+
+    source: str | list[str]
+    """"shakespeare", "python-stdlib", a file, folder, glob, .jsonl, .parquet, a dataset name, or a list."""
+    validation_source: str | list[str] | None = None
+    """Text to validate on. Default: documents held out of `source`."""
+    validation_split: str = "validation"
+    """Split of a named dataset given as `validation_source`."""
+    text_column: str = "text"
+    """Column that holds the text in JSONL, Parquet and datasets."""
+    split: str = "train"
+    """Split of a named dataset."""
+    validation_fraction: float = Field(0.05, gt=0, lt=0.5)
+    """Share of the text (in UTF-8 bytes) whose documents are held out for validation."""
+    validation_bytes: int | None = Field(262_144, gt=0)
+    """Most held-out text to evaluate on, in UTF-8 bytes, whole documents (at least one); null for all of it."""
+    tokenizer: str = "bpe:4096"
+    """"bpe:N" (byte-level BPE trained on the training text), "bytes", or a Hugging Face name or folder. A checkpoint's
+    own tokenizer goes before it."""
+    streaming: bool = False
+    """Read and tokenise on the fly instead of caching: for corpora larger than the disk."""
+
+
+class TrainingSection(Section):
+    """How to train; the same for all stages."""
+
+    batch_size: int = Field(16, gt=0)
+    """Sequences per optimizer step, over all processes."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Sequences per forward pass and process, where fewer fit in memory. Default: batch_size / processes."""
+    sequence_length: int = Field(256, gt=1)
+    """Text tokens per sequence."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate; a stage may set its own."""
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    """"wsd": warm up, hold, decay once over all stages. "cosine": warm up and decay to a tenth in each (paper).
+    "constant": warm up once and hold."""
+    warmup: float = Field(0.02, ge=0, le=1)
+    """Share of the text tokens the learning rate rises over: of all stages (wsd, constant) or of the stage (cosine)."""
+    decay: float = Field(0.2, ge=0, le=1)
+    """Share of all text tokens at the end over which wsd falls linearly to 0."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """"adamw". "muon": Muon (momentum 0.95) on the blocks' matrices, with steps of AdamW's size; AdamW on all else."""
+    keep_optimizer_state: bool = True
+    """Whether what trained before a stage goes on with its optimizer state; if not, every stage starts it afresh."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's decay of the gradient's mean."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """AdamW's decay of the gradient's square."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Weight decay on every matrix; never on the final norm."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Largest gradient norm; larger ones are scaled down."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; "auto" takes bfloat16 where the GPU or CPU has units for it. Weights stay float32."""
+    evaluations_per_stage: int = Field(4, ge=1)
+    """Validations in each stage, evenly spread, the last at its end."""
+    save_every: int = Field(500, gt=0)
+    """Optimizer steps between the checkpoints that --resume continues from."""
+    log_every: int = Field(10, gt=0)
+    """Optimizer steps between lines in log.jsonl."""
+    threads: int | None = Field(None, gt=0)
+    """CPU threads. Default: torch's choice. Tiny models are faster on 1; equal bits need an equal number."""
+    report_to: list[str] = []
+    """Where else to log, in transformers' names: "tensorboard", "wandb", …."""
+    training_arguments: dict[str, Any] = {}
+    """Further fields of transformers.TrainingArguments, for example {gradient_checkpointing: true}."""
+
+    @field_validator("optimizer")
+    @classmethod
+    def _torch_has_it(cls, optimizer: str) -> str:
+        if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+            raise ValueError(
+                f"muon needs torch 2.9 or newer, and this is {torch.__version__}; update it, or take adamw"
+            )
+        return optimizer
+
+
+class Stage(Section):
+    """One growth stage: grow (all but the first may), then train."""
+
+    text_tokens: int = Field(gt=0)
+    """Text tokens to train on in this stage, rounded up to whole optimizer steps."""
+    preset: str | None = None
+    """Grow to the parameter tokens and depth of this preset before training."""
+    qkv_param_tokens: Amount | None = None
+    """Grow each of query, key and value to this total, or by "+256" or "+50%"."""
+    output_param_tokens: Amount | None = None
+    """Grow the attention's output likewise."""
+    ffn_param_tokens: Amount | None = None
+    """Grow the feed-forward likewise."""
+    num_hidden_layers: Amount | None = None
+    """Insert blocks up to this depth, likewise."""
+    group: str | None = None
+    """Name of the token group that growing adds. Default: grown1, grown2, …."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of this stage. Default: training.learning_rate."""
+    token_group_norm: Literal["joint", "per_group"] | None = None
+    """What the scores of a token group are normalised with, chosen while there is one: those of all, or its own."""
+    frozen: list[str] | None = None
+    """What does not train in this stage: names of token groups, "embedding" (with the output head), "final_norm",
+    "linear_maps" (all else in the blocks). Default: what `tokenformer freeze` froze in the checkpoint."""
+    nested_dropout: float | None = Field(None, gt=0, le=1)
+    """Train prefixes as well, so that slices of the model are good: in every step only a random share of each group's
+    first parameter tokens takes part, between this and 1."""
+
+    @property
+    def growth(self) -> dict[str, Any]:
+        """Keyword arguments for `grow`; empty where this stage does not grow."""
+        fields = {"preset", "qkv_param_tokens", "output_param_tokens", "ffn_param_tokens", "num_hidden_layers"}
+        asked = self.model_dump(include=fields, exclude_none=True)
+        norm = {"token_group_norm": self.token_group_norm} if self.token_group_norm else {}
+        return {**asked, "name": self.group, **norm} if asked else {}
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    model: ModelSection
+    """The first stage's model."""
+    data: DataSection
+    """The text."""
+    training: TrainingSection = TrainingSection()
+    """How to train."""
+    stages: list[Stage] = Field(min_length=1)
+    """Growth stages in order."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Decides initial weights, hold-out order of the text and everything else random."""
+
+    @model_validator(mode="after")
+    def _first_stage_does_not_grow(self) -> Recipe:
+        if self.stages[0].growth and self.model.checkpoint is None:
+            raise ValueError("stages.0 grows, but the first stage trains `model`: put its sizes there")
+        for i, stage in enumerate(self.stages):
+            if stage.group is not None and not stage.growth:
+                raise ValueError(f"stages.{i} names group {stage.group!r} but adds no parameter tokens")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads +256 as the text "+256", an addition, where YAML's integers would lose the sign."""
+
+
+_Loader.yaml_implicit_resolvers = {c: r for c, r in yaml.SafeLoader.yaml_implicit_resolvers.items() if c != "+"}
+
+
+def model_config(model: dict[str, Any], **derived: Any) -> Any:
+    """Return the configuration of a model of any architecture whose token groups are known.
+
+    Args:
+        model: `architecture` (default: tokenformer) and fields of its configuration in transformers' names, which may
+            change a `preset`.
+        derived: fields that `model` decides where it has them.
+
+    Raises:
+        ValueError: unknown architecture, preset or field (names the nearest), or sizes that make no model.
+    """
+    given = dict(model)
+    architecture, preset = given.pop("architecture", "tokenformer"), given.pop("preset", None)
+    if architecture not in list(ARCHITECTURES):
+        raise ValueError(f"there is no architecture {architecture!r}; there are {', '.join(ARCHITECTURES)}")
+    if preset is not None:
+        if preset not in list(PRESETS):
+            raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+        if architecture != "tokenformer":
+            raise ValueError(f"presets are sizes of TokenFormers; take out preset or architecture {architecture!r}")
+        given = {**PRESETS[preset], **given}
+    kind = CONFIG_MAPPING[architecture]
+    # Without most of what every configuration has: `architectures`, a likely slip, is one of those.
+    known = {*kind.attribute_map, *_names(kind)} - (_names(PreTrainedConfig) - {"tie_word_embeddings"})
+    for name in given.keys() - known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{architecture!r} models have no {name!r}{hint}")
+    try:
+        config = kind(**{**derived, **given})
+        cost.parameters(config)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
+        raise ValueError(f"these sizes make no model: {error.__cause__ or error}") from error
+    return config
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a YAML recipe; errors as in `read_sections`."""
+    return read_sections(Recipe, path)
+
+
+def parse_recipe(content: dict[str, Any], *, where: str = "recipe") -> Recipe:
+    """Check a recipe given as nested dictionaries; errors as in `read_sections`."""
+    return parse_sections(Recipe, content, where=where)
+
+
+def read_sections(kind: type[S], path: str | Path) -> S:
+    """Read a YAML file whose keys are the fields of `kind`.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown key (names the nearest), a missing or impossible value.
+    """
+    return parse_sections(kind, read_yaml(kind, path), where=str(path))
+
+
+def read_yaml(kind: type[Section], path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of keys, such as the fields of `kind`.
+
+    Raises:
+        RecipeError: no such file, or not YAML.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RecipeError(f"cannot read recipe {path}: {reason}") from error
+    try:
+        content = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"recipe {path} holds {type(content).__name__}, not keys such as {_keys(kind)}")
+    return content
+
+
+def parse_sections(kind: type[S], content: dict[str, Any], *, where: str) -> S:
+    """Check nested dictionaries whose keys are the fields of `kind`; errors as in `read_sections`."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        problems = [_describe(kind, problem) for problem in error.errors()]
+        raise RecipeError("\n".join([f"{where}:", *(f"  {p}" for p in problems)])) from error
+
+
+def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Yield (key, type, default, meaning) of every field, sections first: what `recipe --explain` prints."""
+    for name, field in section.model_fields.items():
+        inner = _section(field.annotation)
+        if inner is not None:
+            yield f"{prefix}{name}", "section", "", field.description or ""
+            yield from fields(inner, f"{prefix}{name}{'[]' if _is_list(field.annotation) else ''}.")
+            continue
+        default = "required" if field.is_required() else "" if field.default is None else str(field.default)
+        yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
+
+
+def _describe(kind: type[BaseModel], problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        section: type[BaseModel] | None = kind
+        for part in problem["loc"][:-1]:
+            if section is not None and isinstance(part, str) and part in section.model_fields:
+                section = _section(section.model_fields[part].annotation)
+        known = list((section or kind).model_fields)
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"{key!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key and not message.startswith("stages.") else message
+    return f"{key} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys(section: type[BaseModel]) -> str:
+    return ", ".join(section.model_fields)
+
+
+def _names(config: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if typing.get_origin(annotation) in (list, dict):
+        annotation = typing.get_args(annotation)[-1]
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _is_list(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is list
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return " or ".join(_type_name(a) for a in typing.get_args(annotation) if a is not type(None))
+    if typing.get_origin(annotation) is Literal:
+        return " or ".join(str(a) for a in typing.get_args(annotation))
+    names = {str: "text", int: "integer", float: "number", bool: "true or false"}
+    return names.get(annotation, str(annotation).replace("typing.", "").replace("str", "text"))

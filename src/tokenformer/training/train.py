@@ -1,0 +1,97 @@
+"""Train a recipe: stage after stage, growing in between; resumable to the same bits.
+
+A run folder holds `recipe.yaml`, `log.jsonl`, one checkpoint per finished stage (`stage1`, `stage2`, …, each with
+`optimizer.pt`) and, while a stage trains, `stageN.partial` with the Trainer's own checkpoints. Every stage starts from
+files alone, so an interrupted run and an uninterrupted one go through the same states.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints.checkpoint import load_checkpoint
+from ..checkpoints.lineage import Lineage
+from ..data.text import TextData
+from ..errors import CheckpointError, DataError
+from ..models.modeling_tokenformer import TokenformerForCausalLM
+from .optimization import OptimizerState, load_states
+from .preparation import check_resumable, first_config, new_run, prepare_run, processes
+from .recipe import Recipe
+from .stage import Log, OnEvent, StageRun, read_log, stage_seed, unfinished
+
+
+def train(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    on_event: OnEvent = lambda event: None,
+) -> list[Path]:
+    """Train `recipe` in `folder` and return the checkpoints of its stages, the final one last.
+
+    Args:
+        recipe: what to do.
+        folder: the run folder.
+        resume: continue what an earlier call began, from its newest whole checkpoint; with the same machine and
+            threads the final weights equal those of an uninterrupted run bit for bit.
+        force: delete an existing run folder first.
+        on_event: called with every event of the run, in order: "data", "stage", "growth", "train" (also "progress",
+            which is not logged), "evaluation", "end". All but "progress" are lines of log.jsonl.
+
+    Raises:
+        RecipeError: the recipe makes no sense, or on resuming is not the one the run began with.
+        DataError, TokenizerError: from the text. GrowthError: from growing.
+        CheckpointError: the folder exists, or cannot be written.
+        KeyboardInterrupt: after Ctrl-C, once the state is saved (a second Ctrl-C leaves at once).
+    """
+    run = Path(folder)
+    if recipe.training.threads is not None:
+        torch.set_num_threads(recipe.training.threads)
+    main_process = processes().is_main_process
+    if resume and force:
+        raise CheckpointError("--resume continues a run and --force starts it over: give one of them")
+    if resume:
+        check_resumable(recipe, run)
+    with nullcontext() if resume or not main_process else new_run(recipe, run, force=force):
+        data = prepare_run(recipe, run)
+    log = Log(run / "log.jsonl", on_event if main_process else lambda event: None, enabled=main_process)
+    logged = read_log(run) if log.path.exists() else []
+    began = next((event for event in logged if event["event"] == "data"), None)
+    if began is None:
+        log.write({"event": "data", **data.facts})
+    elif began != {"event": "data", **data.facts}:
+        changed = [f"{k} {began.get(k)} → {v}" for k, v in data.facts.items() if began.get(k) != v]
+        raise DataError(f"the text is not what this run began with ({', '.join(changed)}); put it back, or start anew")
+    checkpoints: list[Path] = []
+    for index in range(len(recipe.stages)):
+        checkpoint = run / f"stage{index + 1}"
+        if not checkpoint.exists():
+            previous = checkpoints[-1] if checkpoints else recipe.model.checkpoint
+            start = partial(_start, recipe, index, data, previous)
+            StageRun(recipe, index, data, log).run(start, checkpoint)
+        if main_process:
+            shutil.rmtree(unfinished(checkpoint), ignore_errors=True)
+        checkpoints.append(checkpoint)
+    return checkpoints
+
+
+def _start(
+    recipe: Recipe, index: int, data: TextData, previous: str | Path | None
+) -> tuple[Any, OptimizerState, Lineage]:
+    """Build what a stage starts from, out of files and seeds alone."""
+    torch.manual_seed(stage_seed(recipe, index))
+    if previous is None:
+        return TokenformerForCausalLM(first_config(recipe, data)), {}, Lineage()
+    model, _, lineage = load_checkpoint(previous, dtype=torch.float32)
+    if model.config.model_type == "tokenformer":
+        model.config.max_position_embeddings = max(
+            model.config.max_position_embeddings, recipe.training.sequence_length
+        )
+    return model, load_states(previous), lineage

@@ -1,0 +1,170 @@
+"""Publishing, up to the network: a server on this machine stands where the Hub would be and keeps what it is sent."""
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import yaml
+from tiny_models import tiny
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from tokenformer import grow
+from tokenformer.checkpoints.card import model_card
+from tokenformer.checkpoints.checkpoint import save_checkpoint
+from tokenformer.checkpoints.hub import push_to_hub
+from tokenformer.checkpoints.lineage import Lineage
+from tokenformer.cli import app as cli
+from tokenformer.data.text import make_tokenizer
+from tokenformer.errors import CheckpointError, HubError
+from tokenformer.training.optimization import OPTIMIZER_FILE
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers what `create_repo` and `create_commit` ask, and takes every file inline."""
+
+    def do_GET(self):
+        self.send_response(404)
+        self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        address = f"http://127.0.0.1:{self.server.server_port}/someone/model"
+        if self.path.endswith("/repos/create"):
+            self._answer({"url": address, "name": "someone/model", "id": "someone/model"})
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            self._answer({"files": [{**f, "uploadMode": "regular", "shouldIgnore": False} for f in files]})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self._answer({"commitOid": "a" * 40, "commitUrl": f"{address}/commit/aaaa", "pullRequestUrl": None})
+        elif self.path.endswith("/validate-yaml"):
+            self._answer({"errors": [], "warnings": []})
+        else:
+            self._answer({}, 404)
+
+    def _answer(self, content, status=200):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files = {}
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    use_hub(monkeypatch, server.server_port)
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def use_hub(monkeypatch, port):
+    monkeypatch.setenv("HF_TOKEN", "hf_someone")
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers the address of the first call
+    address = f"http://127.0.0.1:{port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+
+
+def lineage():
+    trained = Lineage().then(
+        "train",
+        arguments={"stage": 1},
+        data={"source": "shakespeare"},
+        recipe={"training": {"sequence_length": 64}},
+        text_tokens_seen=123_456,
+        training_flops=4.5e12,
+        training_seconds=1234.0,
+        loss=4.25,
+        bits_per_byte=2.5,
+    )
+    arguments = {"ffn_param_tokens": "+50%", "name": "grown1"}
+    return trained.then("grow", arguments=arguments, loss=4.25, bits_per_byte=2.5)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = tiny("ffn", vocab_size=257)
+    grow(model, ffn_param_tokens="+50%")
+    save_checkpoint(
+        tmp_path / "ours",
+        model,
+        make_tokenizer("bytes", None),
+        lineage(),
+        extra=lambda folder: (folder / OPTIMIZER_FILE).write_bytes(b"large and of no use to others"),
+    )
+    return tmp_path / "ours"
+
+
+def test_model_card_tells_sizes_data_cost_growth_licence_and_loading(checkpoint):
+    text = (checkpoint / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["tokenformer"]}
+    for fact in (
+        "| base | ffn 160 | 480 |",
+        "| grown1 | ffn 80 | 240 |",
+        "| Text | shakespeare |",
+        "| Text tokens seen | 123,456 |",
+        "| Training FLOPs | 4.5e+12 |",
+        "| Training time | 1,234 s |",
+        "4.2500 nats per text token, 2.5000 bits per byte",
+        "grow (ffn_param_tokens +50%, name grown1)",
+        "Licence of the weights | not stated",
+        "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
+    ):
+        assert fact in text, fact
+    licensed = model_card(tiny("ffn").config, lineage(), license="apache-2.0")
+    assert yaml.safe_load(licensed.split("---")[1])["license"] == "apache-2.0"
+
+
+def test_push_sends_the_whole_checkpoint_but_the_optimizer(checkpoint, hub):
+    done = CliRunner().invoke(cli.app, ["push", str(checkpoint), "someone/model", "--license", "mit"])
+    assert done.exit_code == 0, done.output
+    assert "Published: http://127.0.0.1" in done.output
+    here = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
+    assert OPTIMIZER_FILE in here and set(hub.files) == set(here) - {OPTIMIZER_FILE}
+    assert {"config.json", "modeling_tokenformer.py", "pattention.py", "lineage.json"} <= set(hub.files)
+    card = hub.files.pop("README.md").decode()
+    assert yaml.safe_load(card.split("---")[1])["license"] == "mit"
+    assert all(content == here[name] for name, content in hub.files.items())
+
+
+def test_transformers_own_push_sends_the_code_too(checkpoint, hub):
+    AutoModelForCausalLM.from_pretrained(checkpoint).push_to_hub("someone/model")
+    assert {"config.json", "configuration_tokenformer.py", "modeling_tokenformer.py", "pattention.py"} <= set(hub.files)
+    assert "auto_map" in json.loads(hub.files["config.json"])
+
+
+def test_a_hub_that_cannot_be_reached_is_one_clear_error(checkpoint, monkeypatch):
+    use_hub(monkeypatch, 1)
+    with pytest.raises(HubError, match=r"could not push .* to 'someone/model': ConnectError"):
+        push_to_hub(checkpoint, "someone/model")
+
+
+def test_a_damaged_checkpoint_is_not_published(checkpoint, hub):
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8] + b"\0" * 8)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        push_to_hub(checkpoint, "someone/model")
+    assert not hub.files

@@ -1,0 +1,245 @@
+"""The command line as a user meets it: what it prints, what it refuses, and with which exit code."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from tokenformer.checkpoints.lineage import Lineage
+from tokenformer.cli import app as cli
+from tokenformer.training.optimization import load_states
+from tokenformer.training.recipe import EXAMPLE, parse_recipe
+
+RECIPE = {
+    "model": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "qkv_param_tokens": 0,
+        "output_param_tokens": 0,
+        "ffn_param_tokens": 32,
+    },
+    "data": {"tokenizer": "bytes", "validation_fraction": 0.1},
+    "training": {"batch_size": 4, "sequence_length": 64, "threads": 1, "save_every": 2, "log_every": 1},
+    "stages": [{"text_tokens": 1000}, {"text_tokens": 1000, "ffn_param_tokens": "+50%"}],
+}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command in this process; return (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tokenformer", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(10):
+        (folder / f"{i}.txt").write_text(f"{i} the quick brown fox jumps over the lazy dog. " * 12)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, text):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump({**RECIPE, "data": {**RECIPE["data"], "source": str(text)}}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, text):
+    from tokenformer.training.train import train
+
+    content = {**RECIPE, "data": {**RECIPE["data"], "source": str(text)}}
+    return train(parse_recipe(content), tmp_path_factory.mktemp("run") / "run")[-1]
+
+
+def test_train_shows_growth_and_a_table_and_names_the_checkpoint(run, recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("train", recipe)
+    assert code == 0 and err == ""
+    assert "grown before stage 2: validation loss" in out and "logits bit for bit equal" in out
+    assert "stage 2 (0.02 M parameters)" in out and "100%" in out
+    assert "bits/byte" in out and "Final checkpoint: runs/tiny/stage2" in out
+    assert "no such" not in out
+    code, _, err = run("train", recipe)
+    assert code == 2 and "runs/tiny exists already; --resume to continue it, --force to replace it" in err
+    assert run("train", recipe, "--resume")[0] == 0
+    assert run("train", recipe, "--force")[0] == 0
+
+
+def test_grow_keeps_the_logits_and_extends_the_lineage(run, checkpoint, tmp_path):
+    code, out, _ = run("grow", checkpoint, "-o", tmp_path / "new", "--ffn-param-tokens", "+50%", "--name", "extra")
+    assert code == 0 and "extra" in out and f"Written: {tmp_path / 'new'}" in out
+    old, tokenizer, _ = load_checkpoint(checkpoint)
+    new, _, lineage = load_checkpoint(tmp_path / "new")
+    ids = torch.tensor([tokenizer("the quick brown")["input_ids"]])
+    assert torch.equal(old(ids).logits, new(ids).logits)
+    assert new.config.ffn_param_tokens == 72 and new.config.token_groups[-1]["name"] == "extra"
+    assert load_states(tmp_path / "new").keys() == load_states(checkpoint).keys() != set()
+    assert lineage.last.operation == "grow" and lineage.last.parent == verify_checkpoint(checkpoint).weights_sha256
+    code, _, err = run("grow", checkpoint, "-o", tmp_path / "new", "--ffn-param-tokens", "+1")
+    assert code == 2 and "exists already" in err and "--force" in err
+    assert run("grow", checkpoint, "-o", tmp_path / "new", "--num-hidden-layers", "4", "--force")[0] == 0
+    assert load_checkpoint(tmp_path / "new")[0].config.num_hidden_layers == 4
+
+
+def test_inspect_shows_groups_memory_and_lineage(run, checkpoint):
+    code, out, _ = run("inspect", checkpoint)
+    assert code == 0
+    for word in ("base", "grown1", "everything else", "MB", "Lineage", "stage=2", "ffn_param_tokens=+50%", "sha256"):
+        assert word in out
+
+
+def test_generate_streams_the_same_text_for_the_same_seed(run, checkpoint):
+    arguments = ("generate", checkpoint, "the quick", "--max-new-tokens", "20", "--seed", "1")
+    code, out, _ = run(*arguments)
+    assert code == 0 and out.startswith("the quick") and len(out) > len("the quick\n")
+    assert run(*arguments)[1] == out
+    assert run("generate", checkpoint, "--temperature", "0", "--max-new-tokens", "500")[0] == 0
+
+
+def test_recipe_prints_one_that_parses_and_explains_every_field(run):
+    code, out, _ = run("recipe")
+    assert code == 0 and parse_recipe(yaml.safe_load(out)) == parse_recipe(yaml.safe_load(EXAMPLE))
+    code, out, _ = run("recipe", "--explain")
+    assert code == 0 and "training.learning_rate" in out and "stages[].frozen" in out and "UTF-8 bytes" in out
+
+
+def edit(file, **sections):
+    content = yaml.safe_load(file.read_text())
+    for key, value in sections.items():
+        content[key] = {**content[key], **value} if isinstance(value, dict) else value
+    file.write_text(yaml.safe_dump(content))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"training": {"lerning_rate": 1}}, "unknown key 'training.lerning_rate'; did you mean 'learning_rate'?"),
+        ({"stages": [{"text_tokens": 9, "ffn_parm_tokens": 3}]}, "'stages.0.ffn_parm_tokens'; did you mean 'ffn_param"),
+        ({"data": {"source": "no/such/file.txt"}}, "'no/such/file.txt': there is no file or folder /"),
+        ({"data": {"text_column": "body", "source": "rows.jsonl"}}, "no column 'body', only text"),
+        ({"data": {"tokenizer": "bpe:100"}}, 'write "bpe:N" with N above 256'),
+        ({"training": {"sequence_length": 100_000}}, "shorter than one block of 100000 text tokens"),
+        ({"stages": [{"text_tokens": 500}, {"text_tokens": 9, "ffn_param_tokens": 16}]}, "asked 16, found 32"),
+    ],
+)
+def test_mistakes_in_a_recipe(run, recipe, tmp_path, monkeypatch, sections, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(9)))
+    edit(recipe, **sections)
+    code, _, err = run("train", recipe)
+    assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_missing_recipe_and_unknown_option(run, tmp_path):
+    code, _, err = run("train", tmp_path / "none.yaml")
+    assert code == 2 and "cannot read recipe" in err
+    code, _, err = run("train", "--rezume")
+    assert code == 2 and "--resume" in err
+
+
+def test_damaged_checkpoints_are_found_before_anything_is_written(run, checkpoint, tmp_path):
+    for damage, message in ((lambda b: b[:-100], "cannot be read"), (lambda b: b[:-1] + bytes([b[-1] ^ 1]), "sha256")):
+        copy = tmp_path / "copy"
+        subprocess.run(["cp", "-r", checkpoint, copy], check=True)
+        weights = copy / "model.safetensors"
+        weights.write_bytes(damage(weights.read_bytes()))
+        (tmp_path / "target").mkdir()
+        for command in (
+            ["grow", copy, "-o", tmp_path / "target", "--ffn-param-tokens", "+1", "--force"],
+            ["generate", copy],
+        ):
+            code, _, err = run(*command)
+            assert code == 2 and "is damaged" in err and message in err
+        assert not list((tmp_path / "target").iterdir())
+        subprocess.run(["rm", "-r", copy, tmp_path / "target"], check=True)
+
+
+def test_tokenizer_that_does_not_match_the_model(run, checkpoint, tmp_path):
+    from models import tiny
+
+    _, tokenizer, _ = load_checkpoint(checkpoint)
+    save_checkpoint(tmp_path / "c", tiny("ffn"), tokenizer, Lineage())
+    code, _, err = run("generate", tmp_path / "c", "hello")
+    assert code == 2 and "tokenizer" in err and "257 entries but the model's embedding only 128" in err
+
+
+def test_a_checkpoint_that_is_not_there(run, tmp_path):
+    for command in ("inspect", "generate"):
+        code, _, err = run(command, tmp_path / "none")
+        assert code == 2 and "no checkpoint at" in err
+
+
+def test_a_prompt_longer_than_the_context(run, checkpoint):
+    code, _, err = run("generate", checkpoint, "x" * 100)
+    assert code == 2 and "101 text tokens long; the model reads at most 64" in err
+
+
+def child(*arguments, **options):
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "tokenformer", *map(str, arguments)]
+    return subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(run, recipe, tmp_path):
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29578", "-m", "tokenformer"]
+    done = subprocess.run(
+        [sys.executable, *command, "train", recipe, "-o", tmp_path / "two"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and done.stdout.count("Final checkpoint") == 1, done.stderr[-2000:]
+    assert run("train", recipe, "-o", tmp_path / "one")[0] == 0
+    losses = [verify_checkpoint(tmp_path / name / "stage2").last.loss for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+
+
+def test_full_disk(checkpoint, tmp_path):
+    """A file-size limit makes writes fail the way a full disk does."""
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    process = child("grow", checkpoint, "-o", tmp_path / "new", "--ffn-param-tokens", "+64", preexec_fn=limit)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "could not write" in err and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_saves_and_says_how_to_continue(recipe, tmp_path):
+    edit(recipe, stages=[{"text_tokens": 10_000_000}])
+    process = child("train", recipe, "-o", tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and '"train"' in log.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert f"tokenformer train {recipe} -o {tmp_path / 'run'} --resume" in err
+    assert list(Path(tmp_path, "run").glob("stage1.partial/checkpoint-*/complete"))

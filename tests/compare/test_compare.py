@@ -1,0 +1,265 @@
+"""The rules of a comparison, its segments, budgets and text."""
+
+import pytest
+import torch
+import yaml
+from comparisons import SMALL, TOKENS, comparison, parsed
+from tiny_models import tiny
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+from tokenformer import cost, grow
+from tokenformer.compare.arms import Run, segments
+from tokenformer.compare.budgets import cost_per_step, counted_flops, optimizer_flops, steps_within
+from tokenformer.compare.methods import METHODS, grow_by
+from tokenformer.compare.recipe import load_compare_recipe
+from tokenformer.compare.results import Results, read_results
+from tokenformer.compare.run import compare, load_text, rehearse
+from tokenformer.errors import CheckpointError, DataError, EvaluationError, GrowthError, RecipeError
+from tokenformer.growth.freeze import freeze_only
+from tokenformer.training.recipe import parse_recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory):
+    return comparison(tmp_path_factory.mktemp("text"))
+
+
+# --- Rules ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budgets": [2560, 1280]}, "smallest first"),
+        ({"tuning_budget": 5}, r"tuning_budget is 5; it must be one of the budgets"),
+        ({"rules": {"reference": "large"}}, "rules.reference is 'large'; the arms are small, widened"),
+        ({"rules": {"reference": "small", "treshold": 1}}, "did you mean 'threshold'"),
+        ({"arms": {"small": {"model": SMALL, "stages": [{"at": 9999}]}}}, "lie below 2560"),
+        (
+            {"arms": {"small": {"model": SMALL, "stages": [{"at": 9, "method": "magic"}]}}},
+            "called 'magic'; there are exact",
+        ),
+        ({"arms": {"small": {"model": SMALL, "stages": [{"at": 9, "mehtod": "exact"}]}}}, "did you mean 'method'"),
+        ({"arms": {"small": {"model": SMALL, "training": {"scedule": "wsd"}}}}, "did you mean 'schedule'"),
+        ({"data": {"source": "x", "streaming": True}}, "streaming does not go with a comparison"),
+        ({"arms": {"small": {"model": SMALL, "training": {"sequence_length": 16}}}}, "all arms read the same blocks"),
+    ],
+)
+def test_impossible_rules_are_refused(content, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        parsed(content, **changes)
+
+
+@pytest.mark.parametrize(
+    ("arm", "error", "message"),
+    [
+        ({"model": {**SMALL, "hiden_size": 8}}, RecipeError, "did you mean 'hidden_size'"),
+        ({"model": {"architecture": "gpt_nex"}}, RecipeError, "no architecture 'gpt_nex'; there are"),
+        ({"model": {**TOKENS, "hidden_size": 15}}, RecipeError, r"arms.small.model: these sizes make no model"),
+        ({"model": SMALL, "stages": [{"at": 9, "qkv_param_tokens": 64}]}, GrowthError, r"arms.small.stages.0: .*qkv"),
+        (
+            {"model": SMALL, "stages": [{"at": 9, "method": "published", "ffn_param_tokens": 64}]},
+            GrowthError,
+            "gpt_neox",
+        ),
+        (
+            {"model": SMALL, "stages": [{"at": 9, "ffn_param_tokens": 64, "frozen": ["bas"]}]},
+            GrowthError,
+            "names 'bas'",
+        ),
+    ],
+)
+def test_an_arm_that_cannot_run_is_refused_before_anything_runs(content, tmp_path, arm, error, message):
+    recipe = parsed(content, arms={"small": arm})
+    with pytest.raises(error, match=message):
+        compare(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_an_output_that_is_a_file_is_named(content, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(CheckpointError, match="out"):
+        compare(parsed(content), tmp_path / "out")
+
+
+def test_parameters_can_be_required_to_be_equal(content, tmp_path):
+    recipe = parsed(content, rules={"reference": "small", "parameters_within": 0.01})
+    with pytest.raises(RecipeError, match=r"within 1.0% of those of 'small', [\d,]+; found widened [\d,]+"):
+        rehearse(recipe, load_text(recipe, tmp_path))
+
+
+def test_rules_stand_before_results(content, tmp_path):
+    results = Results(tmp_path)
+    results.begin(parsed(content), "trial")
+    results.begin(parsed(content), "trial")
+    assert [line["event"] for line in results.lines()] == ["recipe"]
+    more = parsed(content, seeds=[0, 1, 2], arms={**content["arms"], "again": {"model": TOKENS}})
+    results.begin(more, "trial")
+    for changes in (
+        {"seeds": [0]},
+        {"seeds": [3, 0, 1, 2]},
+        {"budgets": [640, 1280, 2560]},
+        {"rules": {"reference": "widened"}},
+        {"learning_rates": [1e-3]},
+    ):
+        with pytest.raises(RecipeError, match=f"differs from the one .* in .*{next(iter(changes))}"):
+            results.begin(parsed(content, **changes), "trial")
+
+
+def test_a_recipe_may_be_based_on_another_but_not_on_itself(content, tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "more" / "second.yaml").write_text("based_on: ../first.yaml\nseeds: [0, 1, 2]\n")
+    (tmp_path / "third.yaml").write_text("based_on: more/second.yaml\nquestion: And now?\n")
+    found = load_compare_recipe(tmp_path / "third.yaml")
+    assert (found.question, found.seeds) == ("And now?", [0, 1, 2]) and list(found.arms) == ["small", "widened"]
+    (tmp_path / "first.yaml").write_text("based_on: third.yaml\n")
+    with pytest.raises(RecipeError, match=r"third.yaml is based_on itself, by way of second.yaml, first.yaml"):
+        load_compare_recipe(tmp_path / "third.yaml")
+
+
+def test_results_survive_a_line_cut_short(content, tmp_path):
+    results = Results(tmp_path)
+    results.begin(parsed(content), "trial")
+    with results.path.open("a") as stream:
+        stream.write('{"event": "segment", "id": "a", "lo')
+    results.add({"event": "segment", "id": "a"}, {"event": "segment", "id": "b"})
+    results.add({"event": "segment", "id": "b"})
+    assert [line.get("id") for line in read_results(results.path)] == [None, "a", "b"]
+
+
+def test_results_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"cannot read results .*none\.jsonl: No such file"):
+        read_results(tmp_path / "none.jsonl")
+
+
+# --- Segments ------------------------------------------------------------------------------------------------------
+
+
+def test_budgets_share_a_trunk_and_arms_a_beginning(content):
+    recipe = parsed(content)
+    short, long = (segments(recipe, Run("widened", 0, 1e-3, budget)) for budget in recipe.budgets)
+    assert [(s.start, s.end, s.phase) for s in short] == [(0, 640, "hold"), (640, 1024, "hold"), (1024, 1280, "fall")]
+    assert [s.end for s in long] == [640, 1024, 2048, 2560]
+    assert [s.id for s in short[:2]] == [s.id for s in long[:2]] and short[2].id != long[2].id
+    assert [s.growth is not None for s in long] == [False, True, False, False]
+    twin = parsed(
+        content, arms={**content["arms"], "twin": {"model": SMALL, "stages": [{"at": 640, "num_hidden_layers": 2}]}}
+    )
+    theirs = segments(twin, Run("twin", 0, 1e-3, 2560))
+    assert theirs[0].id == long[0].id and theirs[1].id != long[1].id
+    assert segments(recipe, Run("widened", 1, 1e-3, 2560))[0].id != long[0].id
+
+
+def test_a_whole_run_warms_up_holds_and_decays(content):
+    recipe = parsed(content, training={**content["training"], "warmup": 0.1})
+    rates = []
+    for segment in segments(recipe, Run("widened", 0, 1.0, 2560)):
+        steps = int((segment.end - segment.start) / 128)
+        rates += [segment.rate(i, steps=steps, per_step=128) for i in range(steps)]
+    assert len(rates) == 20
+    assert rates[0] == pytest.approx(0.5) and rates[1:16] == [1.0] * 15
+    assert rates[16:] == pytest.approx([1.0, 0.75, 0.5, 0.25])
+
+
+def test_cosine_is_one_a_stage_and_constant_never_falls(content):
+    arm = content["arms"]["widened"]
+    cosine = parsed(content, arms={"small": {**arm, "training": {"schedule": "cosine", "warmup": 0.0}}})
+    found = segments(cosine, Run("small", 0, 1.0, 2560))
+    assert [(s.start, s.end, s.phase) for s in found] == [(0, 640, "cosine"), (640, 2560, "cosine")]
+    rates = [found[1].rate(i, steps=15, per_step=128) for i in range(15)]
+    assert rates[0] == 1.0 and rates == sorted(rates, reverse=True) and 0.1 < rates[-1] < 0.13
+    constant = parsed(content, arms={"small": {**arm, "training": {"schedule": "constant"}}})
+    assert {s.phase for s in segments(constant, Run("small", 0, 1.0, 2560))} == {"hold"}
+
+
+# --- Budgets -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["paper", "ffn"])
+@pytest.mark.parametrize("frozen", [[], ["base"]])
+def test_counted_flops_are_those_of_the_formula(family, frozen):
+    model = tiny(family)
+    grow(model, ffn_param_tokens="+32", num_hidden_layers="+1")
+    freeze_only(model, frozen)
+    without = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    stated = cost.training_flops(model.config, 48, frozen_parameters=without)
+    assert counted_flops(model, 48) == pytest.approx(stated, rel=1e-9)
+    assert model.config._attn_implementation == "sdpa"
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_counted_flops_hold_after_every_way_to_grow(method):
+    kind = METHODS[method].model_types[-1]
+    config = GPTNeoXConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    model = tiny("paper") if kind == "tokenformer" else AutoModelForCausalLM.from_config(config)
+    amounts = {"factor": 2, "num_hidden_layers": 6 if kind == "tokenformer" else 4, "ffn_param_tokens": 192}
+    asked = {name: amounts[name] for name in METHODS[method].amounts if name in amounts}
+    model, _ = grow_by(model, {}, method, seed=0, **asked)
+    assert counted_flops(model, 24) == pytest.approx(cost.training_flops(model.config, 24), rel=1e-9)
+
+
+def test_a_planted_miscount_is_caught(monkeypatch):
+    """A formula that forgets token-token attention, or a model with a map that it does not know of."""
+    model = tiny("ffn")
+    monkeypatch.setattr(cost, "training_flops", lambda config, context, **_: 6.0 * cost.matrix_parameters(config))
+    with pytest.raises(EvaluationError, match=r"torch counts [\d,]+ a text token, tokenformer.cost [\d,]+"):
+        counted_flops(model, 48)
+    monkeypatch.undo()
+    extra = torch.nn.Linear(64, 64)
+    model.model.norm.register_forward_hook(lambda module, arguments, output: output + extra(output))
+    with pytest.raises(EvaluationError, match="cannot be trusted"):
+        counted_flops(model, 48)
+
+
+def test_units_of_a_budget():
+    model, recipe = tiny("ffn"), training_recipe()
+    assert cost_per_step(model, recipe, "text_tokens") == 128
+    stated = 128 * cost.training_flops(model.config, 32)
+    assert cost_per_step(model, recipe, "training_flops") == pytest.approx(stated)
+    assert 1e-5 < cost_per_step(model, recipe, "seconds") < 10
+    assert [steps_within(100, spent, 7) for spent in (0, 93, 99, 200)] == [14, 1, 0, 0]
+
+
+def test_what_muon_multiplies_counts():
+    """Newton–Schulz of torch.optim.Muon: five times, three products of the smaller side with itself and the matrix."""
+    model = tiny("ffn")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    blocks = [p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
+    expected = sum(5 * 2 * (2 * min(p.shape) ** 2 * max(p.shape) + min(p.shape) ** 3) for p in blocks)
+    assert optimizer_flops(model, training_recipe(optimizer="muon")) == expected
+    assert optimizer_flops(model, training_recipe()) == 0
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def training_recipe(**training):
+    content = {"batch_size": 4, "sequence_length": 32, **training}
+    return parse_recipe({"model": {}, "data": {"source": "x"}, "training": content, "stages": [{"text_tokens": 128}]})
+
+
+# --- Text ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_arm_sees_the_text_it_is_judged_on(content, tmp_path):
+    recipe = parsed(content)
+    text = load_text(recipe, tmp_path)
+    tuning, report = (set(half.validation_documents["text"]) for half in (text.tuning, text.report))
+    assert tuning and report and not tuning & report
+    assert text.tuning.train_blocks is text.report.train_blocks
+    train = "".join(text.report.tokenizer.decode(block[1:]) for block in text.report.train_blocks["input_ids"])
+    assert all(document[:60] not in train and document[-60:] not in train for document in tuning | report)
+    for half in (text.tuning, text.report):
+        held = "".join(half.tokenizer.decode(b[1:]) for b in half.validation_blocks["input_ids"])
+        assert all(document in held for document in half.validation_documents["text"])
+        assert half.validation_bytes == sum(len(d.encode()) for d in half.validation_documents["text"])
+
+
+def test_one_held_out_document_is_too_few(content, tmp_path):
+    recipe = parsed(content, data={**content["data"], "validation_fraction": 0.01})
+    with pytest.raises(DataError, match="1 document is held out"):
+        load_text(recipe, tmp_path)

@@ -1,0 +1,103 @@
+"""A checkpoint carries the model's code and loads where this package is not installed."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import FAMILIES, tiny, tokens
+from transformers import AutoModelForCausalLM
+
+import tokenformer
+from tokenformer import TokenformerForCausalLM, grow
+
+FILES = ["configuration_tokenformer.py", "fused.py", "modeling_tokenformer.py", "pattention.py"]
+CODE = {name: (Path(tokenformer.__file__).parent / "models" / name).read_text() for name in FILES}
+ASKED = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+# For every folder: load it by each Auto class, run it, save it, and load and run what was saved.
+LOAD = f"""
+import sys
+from importlib.util import find_spec
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+assert find_spec("tokenformer") is None
+ids = torch.tensor({tokens().tolist()})
+for folder in sys.argv[1:]:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    model, report = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not any(report.values()), report
+    assert type(base).__name__ == "TokenformerModel" and type(model).__name__ == "TokenformerForCausalLM"
+    assert type(config) is type(base.config) is type(model.config)
+    model.save_pretrained(folder + "/again")
+    base.save_pretrained(folder + "/base")
+    again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
+    base_again = AutoModel.from_pretrained(folder + "/base", trust_remote_code=True)
+    found = dict(hidden=base(ids).last_hidden_state, logits=model(ids).logits, written=model.generate(ids, **{ASKED}))
+    found |= dict(hidden_again=base_again(ids).last_hidden_state, logits_again=again(ids).logits)
+    save_file(found, folder + "/found.safetensors")
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Run code by a Python that has every library of this one except this package, however it is installed here."""
+    home = tmp_path_factory.mktemp("without_the_package")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", home / "venv"], check=True, timeout=120)
+    (home / "libraries").mkdir()
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if "tokenformer" not in entry.name:
+            (home / "libraries" / entry.name).symlink_to(entry)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(home / "libraries"),
+        "HF_HOME": str(home / "huggingface"),
+        "HF_MODULES_CACHE": str(home / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+    def call(code, *arguments):
+        command = [home / "venv" / "bin" / "python", "-c", code, *arguments]
+        return subprocess.run(
+            command, env=environment, cwd=home, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+        )
+
+    return call
+
+
+def test_loads_runs_and_saves_without_the_package(run, tmp_path):
+    ids, models = tokens(), {}
+    for family in FAMILIES:
+        models[tmp_path / family] = model = tiny(family)
+        grow(model, ffn_param_tokens="+50%", num_hidden_layers="+1")
+        model.save_pretrained(tmp_path / family)
+    done = run(LOAD, *models)
+    assert done.returncode == 0, done.stderr
+    for folder, model in models.items():
+        found, want = load_file(folder / "found.safetensors"), model(ids, output_hidden_states=True)
+        for name in ("hidden", "hidden_again"):
+            assert torch.equal(found[name], want.hidden_states[-1])
+        for name in ("logits", "logits_again"):
+            assert torch.equal(found[name], want.logits)
+        assert torch.equal(found["written"], model.generate(ids, **ASKED))
+        configs = [json.loads((folder / copy / "config.json").read_text()) for copy in ("", "again", "base")]
+        assert configs[0] == configs[1] == configs[2] | {"architectures": ["TokenformerForCausalLM"]}
+        for copy in (folder, folder / "again", folder / "base"):
+            assert {file.name: file.read_text() for file in copy.glob("*.py")} == CODE
+        back = AutoModelForCausalLM.from_pretrained(folder / "again", trust_remote_code=True)
+        assert type(back) is TokenformerForCausalLM, "the package comes before the code in the checkpoint"
+        assert torch.equal(back(ids).logits, want.logits)
+
+
+def test_code_nobody_trusted_does_not_run(run, tmp_path):
+    tiny().save_pretrained(tmp_path)
+    done = run(f"from transformers import AutoModelForCausalLM as Auto; Auto.from_pretrained({str(tmp_path)!r})")
+    assert done.returncode == 1 and f"ValueError: The repository {tmp_path} contains custom code" in done.stderr
+    assert done.stderr.endswith("Please pass the argument `trust_remote_code=True` to allow custom code to be run.\n")
