@@ -53,8 +53,10 @@ from transformers import AutoModelForCausalLM
 
 from tokenformer import TokenformerForCausalLM, grow
 from tokenformer.checkpoints.checkpoint import load_checkpoint
+from tokenformer.data.blocks import pack
 from tokenformer.data.sources import load_documents
-from tokenformer.data.text import hold_out, make_tokenizer, pack
+from tokenformer.data.text import hold_out
+from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.growth.freeze import freeze_only
 from tokenformer.growth.groups import merge
 from tokenformer.growth.route import route

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from tokenformer import cost
 from tokenformer.checkpoints.checkpoint import read_config, verify_checkpoint
-from tokenformer.cli.displays import TrainingDisplay, quiet_libraries
+from tokenformer.cli.displays import TrainingDisplay
+from tokenformer.quiet import quiet_libraries
 from tokenformer.training.recipe import load_recipe, parse_recipe
 from tokenformer.training.train import train
 

@@ -48,8 +48,9 @@ from teach import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tokenformer import grow
+from tokenformer.data.blocks import pack
 from tokenformer.data.sources import load_documents
-from tokenformer.data.text import hold_out, pack
+from tokenformer.data.text import hold_out
 from tokenformer.growth.freeze import freeze_only
 from tokenformer.growth.groups import drop
 

@@ -24,9 +24,9 @@ from layer import machine
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenformer.cli.displays import quiet_libraries
-from tokenformer.data.text import pack, training_order, utf8_bytes
+from tokenformer.data.blocks import pack, training_order, utf8_bytes
 from tokenformer.evaluate import evaluate
+from tokenformer.quiet import quiet_libraries
 
 Line = dict[str, Any]
 # Blocks as `tokenformer.data.pack` makes them, and the UTF-8 bytes of their text.

@@ -24,10 +24,12 @@ from rich.console import Console
 
 from tokenformer import cost
 from tokenformer.checkpoints.checkpoint import read_config, verify_checkpoint
-from tokenformer.cli.displays import TrainingDisplay, growth_line, quiet_libraries, stage_table
+from tokenformer.cli.displays import TrainingDisplay, growth_line
+from tokenformer.cli.tables import stage_table
 from tokenformer.errors import TokenformerError
+from tokenformer.quiet import quiet_libraries
+from tokenformer.training.log import read_log
 from tokenformer.training.recipe import Recipe, load_recipe, parse_recipe
-from tokenformer.training.stage import read_log
 from tokenformer.training.train import train
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"

@@ -3,7 +3,7 @@
 import random
 
 from tokenformer.compare.recipe import CompareRecipe
-from tokenformer.training.recipe import parse_sections
+from tokenformer.sections import parse_sections
 
 SMALL = {
     "architecture": "gpt_neox",

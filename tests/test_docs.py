@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from tokenformer.cli import app as cli
 from tokenformer.compare.recipe import load_compare_recipe
-from tokenformer.data.text import make_tokenizer
+from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.plan import read_plan
 from tokenformer.training.recipe import load_recipe
 

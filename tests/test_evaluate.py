@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tokenformer.checkpoints.checkpoint import save_checkpoint
 from tokenformer.checkpoints.lineage import Lineage
 from tokenformer.cli import app as cli
-from tokenformer.data.text import make_tokenizer
+from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.errors import EvaluationError, MissingExtraError, TokenformerError
 from tokenformer.evaluate import evaluate_tasks, evaluate_text
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from test_importance import ordinary, text
 from tiny_models import make, tiny, tokens, two_groups
 
-from tokenformer.data.text import make_tokenizer
+from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.errors import EvaluationError, GrowthError, MissingExtraError
 from tokenformer.explain import activity_table, contribution_table, explain, picture, promotes
 from tokenformer.growth.architectures import architecture_of

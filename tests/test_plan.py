@@ -14,7 +14,7 @@ from tokenformer import TokenformerConfig
 from tokenformer.cli.compare import comparisons
 from tokenformer.errors import RecipeError
 from tokenformer.plan import DEVICES, HardwareSection, Plan, conclusions, cost_table, read_plan
-from tokenformer.training.recipe import parse_sections
+from tokenformer.sections import parse_sections
 
 PAPER = Path(__file__).parents[1] / "recipes" / "plan" / "paper.yaml"
 SIZES = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -18,9 +18,9 @@ import torch
 from record import arguments, record
 
 from tokenformer.checkpoints.checkpoint import load_checkpoint
-from tokenformer.cli.displays import quiet_libraries
 from tokenformer.data.sources import load_documents
 from tokenformer.evaluate import evaluate_tasks
+from tokenformer.quiet import quiet_libraries
 
 QUESTIONS = 200
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -20,8 +20,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from tokenformer import TokenformerForCausalLM, grow
+from tokenformer.data.blocks import pack, utf8_bytes
 from tokenformer.data.sources import load_documents
-from tokenformer.data.text import hold_out, pack, utf8_bytes
+from tokenformer.data.text import hold_out
 from tokenformer.evaluate import evaluate
 
 LORA = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["keys", "values"])

@@ -25,8 +25,9 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from tokenformer import drop, freeze, grow
 from tokenformer.checkpoints.checkpoint import load_checkpoint
+from tokenformer.data.blocks import pack
 from tokenformer.data.sources import load_documents
-from tokenformer.data.text import hold_out, pack
+from tokenformer.data.text import hold_out
 from tokenformer.evaluate import evaluate
 
 GROUP, SEEDS, STEPS, ROWS = "capitals", 3, 60, 8

@@ -53,3 +53,8 @@ class HubError(TokenformerError):
 
 class MissingExtraError(TokenformerError):
     """A package that only some commands need is not installed."""
+
+
+def first_line(error: Exception) -> str:
+    """Name an error and the first line of what it says: libraries go on for pages."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .data.sources import first_line, load_documents
-from .data.text import pack, utf8_bytes
-from .errors import EvaluationError, MissingExtraError
+from .data.blocks import pack, utf8_bytes
+from .data.sources import load_documents
+from .errors import EvaluationError, MissingExtraError, first_line
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from transformers import AutoConfig
 
 from . import cost
 from .rule import WORTH_OF_PARAMETERS, Bargain, held_curve, slope
-from .training.recipe import Section, model_config, read_sections
-from .training.stage import read_log
+from .sections import Section, read_sections
+from .training.log import read_log
+from .training.recipe import model_config
 
 
 class Device(NamedTuple):

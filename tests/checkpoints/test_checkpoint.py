@@ -15,7 +15,7 @@ from tiny_models import tiny
 
 from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint, weights_digest
 from tokenformer.checkpoints.lineage import Lineage
-from tokenformer.data.text import make_tokenizer
+from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.errors import CheckpointError, TokenizerError
 
 LINEAGE = Lineage().then(

@@ -16,10 +16,10 @@ from tokenformer.checkpoints.card import model_card
 from tokenformer.checkpoints.checkpoint import save_checkpoint
 from tokenformer.checkpoints.hub import push_to_hub
 from tokenformer.checkpoints.lineage import Lineage
+from tokenformer.checkpoints.optimizer import OPTIMIZER_FILE
 from tokenformer.cli import app as cli
-from tokenformer.data.text import make_tokenizer
+from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.errors import CheckpointError, HubError
-from tokenformer.training.optimization import OPTIMIZER_FILE
 
 
 class Hub(BaseHTTPRequestHandler):

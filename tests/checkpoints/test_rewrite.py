@@ -20,6 +20,7 @@ from tokenformer import grow
 from tokenformer.checkpoints.addons import split_state
 from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint, weight_files, weights_digest
 from tokenformer.checkpoints.lineage import Lineage
+from tokenformer.checkpoints.optimizer import load_states
 from tokenformer.checkpoints.rewrite import merge_checkpoints, open_checkpoint, rewrite
 from tokenformer.errors import CheckpointError, GrowthError
 from tokenformer.growth.architectures import token_groups
@@ -27,7 +28,6 @@ from tokenformer.growth.freeze import freeze_only, parts
 from tokenformer.growth.groups import consolidate_operation, drop_operation, merge
 from tokenformer.growth.grow import grow_operation
 from tokenformer.growth.operations import apply
-from tokenformer.training.optimization import load_states
 
 
 def llama(dtype=torch.float32):

@@ -15,8 +15,8 @@ import yaml
 
 from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from tokenformer.checkpoints.lineage import Lineage
+from tokenformer.checkpoints.optimizer import load_states
 from tokenformer.cli import app as cli
-from tokenformer.training.optimization import load_states
 from tokenformer.training.recipe import EXAMPLE, parse_recipe
 
 RECIPE = {

@@ -23,7 +23,7 @@ from tokenformer.checkpoints.lineage import Lineage
 from tokenformer.cli import app as cli
 from tokenformer.convert.files import convert_official, convert_to_official
 from tokenformer.convert.official import config_from_official, express, official_tensors
-from tokenformer.data.text import make_tokenizer
+from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.errors import CheckpointError, ConversionError, TokenizerError
 from tokenformer.models.pattention import pattention
 

@@ -23,7 +23,7 @@ from tokenformer.convert.transformer import (
     linear_as_tokens,
     third_of_heads,
 )
-from tokenformer.data.text import make_tokenizer
+from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.errors import CheckpointError, ConversionError
 
 SIZES = {

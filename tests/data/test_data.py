@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from tokenformer.data.text import hold_out, load_documents, make_tokenizer, pack, prepare, training_order, utf8_bytes
+from tokenformer.data.blocks import pack, training_order, utf8_bytes
+from tokenformer.data.text import DataSection, hold_out, load_documents, prepare
+from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.errors import DataError, TokenizerError
-from tokenformer.training.recipe import DataSection
 
 few = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(lambda t: "<|endoftext|>" not in t)

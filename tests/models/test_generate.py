@@ -6,7 +6,7 @@ from tiny_models import FAMILIES, tiny, tokens
 from transformers import CompileConfig, pipeline
 
 from tokenformer import grow
-from tokenformer.data.text import make_tokenizer
+from tokenformer.data.tokenizer import make_tokenizer
 
 STEPS = 12
 MODELS = [*FAMILIES, "grown"]

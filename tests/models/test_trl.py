@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from tokenformer import drop, freeze, grow
-from tokenformer.data.text import make_tokenizer
+from tokenformer.data.tokenizer import make_tokenizer
 
 GROUP = "preference"
 ROWS, STEPS = 8, 30

@@ -12,12 +12,13 @@ from tiny_models import tiny, two_groups
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tokenformer import grow
+from tokenformer.checkpoints.optimizer import load_states
 from tokenformer.errors import RecipeError
 from tokenformer.growth.freeze import freeze_only
 from tokenformer.growth.groups import consolidate_operation, drop_operation
 from tokenformer.growth.operations import apply
 from tokenformer.growth.state import move_states
-from tokenformer.training.optimization import grow_with_states, learning_rate, load_states, make_optimizer
+from tokenformer.training.optimization import grow_with_states, learning_rate, make_optimizer
 from tokenformer.training.recipe import parse_recipe
 from tokenformer.training.train import train
 

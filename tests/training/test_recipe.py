@@ -3,8 +3,9 @@ import yaml
 from pydantic import BaseModel
 
 from tokenformer.errors import RecipeError
+from tokenformer.sections import fields
 from tokenformer.training import recipe as module
-from tokenformer.training.recipe import EXAMPLE, Recipe, fields, load_recipe, parse_recipe
+from tokenformer.training.recipe import EXAMPLE, Recipe, load_recipe, parse_recipe
 
 MINIMAL = {"model": {"preset": "1m-ffn"}, "data": {"source": "x"}, "stages": [{"text_tokens": 10}]}
 
@@ -156,15 +157,15 @@ def test_sizes_that_make_no_model():
 
 
 def test_every_field_is_explained():
-    explained = {key: meaning for key, _, _, meaning in fields()}
+    explained = {key: meaning for key, _, _, meaning in fields(Recipe)}
     sections = [s for s in vars(module).values() if isinstance(s, type) and issubclass(s, BaseModel)]
-    names = {name for s in sections if s.__module__ == module.__name__ for name in s.model_fields}
+    names = {name for s in sections for name in s.model_fields}
     assert names == {key.rpartition(".")[2] for key in explained} and len(names) > 40
     assert {key: meaning for key, meaning in explained.items() if not meaning.strip().endswith(".")} == {}
 
 
 def test_explained_types_and_defaults():
-    rows = {key: (kind, default) for key, kind, default, _ in fields()}
+    rows = {key: (kind, default) for key, kind, default, _ in fields(Recipe)}
     assert rows["stages"] == ("section", "")
     assert rows["stages[].text_tokens"] == ("integer", "required")
     assert rows["stages[].ffn_param_tokens"] == ("integer or text", "")
@@ -173,7 +174,7 @@ def test_explained_types_and_defaults():
     assert rows["training.learning_rate"] == ("number", "0.001")
 
 
-@pytest.mark.parametrize("key", [key for key, kind, _, _ in fields() if kind != "section"])
+@pytest.mark.parametrize("key", [key for key, kind, _, _ in fields(Recipe) if kind != "section"])
 def test_a_slip_in_any_key_is_answered_with_that_key(key):
     section, _, name = key.replace("[]", ".0").rpartition(".")
     slip = name + "x"

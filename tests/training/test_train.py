@@ -12,11 +12,12 @@ from group_operations import run_and_kill
 from safetensors.torch import load_file
 
 from tokenformer.checkpoints.checkpoint import load_checkpoint, read_config, verify_checkpoint
+from tokenformer.checkpoints.optimizer import OPTIMIZER_FILE
 from tokenformer.cost import training_flops
 from tokenformer.errors import CheckpointError, DataError, GrowthError, RecipeError, TokenizerError
-from tokenformer.training.optimization import OPTIMIZER_FILE, learning_rate, steps_of
+from tokenformer.training.log import read_log
+from tokenformer.training.optimization import learning_rate, steps_of
 from tokenformer.training.recipe import parse_recipe
-from tokenformer.training.stage import read_log
 from tokenformer.training.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

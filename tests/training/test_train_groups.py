@@ -10,14 +10,14 @@ from typer.testing import CliRunner
 from tokenformer import drop, grow, prune, route, slice
 from tokenformer.checkpoints.checkpoint import load_checkpoint, read_config, save_checkpoint
 from tokenformer.checkpoints.lineage import Lineage
+from tokenformer.checkpoints.optimizer import load_states
 from tokenformer.cli import app as cli
-from tokenformer.data.text import make_tokenizer
+from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.errors import GrowthError, RecipeError
 from tokenformer.growth.architectures import token_groups
 from tokenformer.growth.freeze import freeze_only
 from tokenformer.growth.select import take
 from tokenformer.models.pattention import Pattention
-from tokenformer.training.optimization import load_states
 from tokenformer.training.recipe import parse_recipe
 from tokenformer.training.train import train
 

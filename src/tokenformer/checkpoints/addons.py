@@ -19,7 +19,7 @@ from ..growth.groups import is_normalised, merge_operation
 from ..growth.neurons import group_neurons
 from ..growth.operations import Operation, apply
 from ..growth.state import State, check_finite, content_digest, read_map, read_own, tensors_digest
-from .checkpoint import disk_errors
+from .files import disk_errors
 from .rewrite import StoredTensors
 
 _KEY = "tokenformer_addon"

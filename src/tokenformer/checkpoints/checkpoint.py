@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from ..growth.freeze import freeze
 from ..growth.neurons import group_neurons
 from ..growth.select import take
 from .card import model_card
+from .files import add_file, files_digest, recover, replacing, sync
 from .lineage import Lineage
 
 LINEAGE_FILE = "lineage.json"
@@ -101,8 +99,8 @@ def _save_streamed(folder: Path, model: Any, weights: Weights, on_progress: OnPr
     total, done, digest = int(split.metadata["total_size"]), 0, hashlib.sha256()
 
     def flush(file: Path) -> None:
-        _add_file(digest, file)
-        _sync(file)
+        add_file(digest, file)
+        sync(file)
 
     with ThreadPoolExecutor(max_workers=1) as flushing:  # one shard is hashed and flushed while the next is made
         flushed = []
@@ -182,7 +180,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, *, where: s
 def read_config(path: str | Path) -> Any:
     """Read a checkpoint's configuration alone; errors as in `load_checkpoint`."""
     file = Path(path) / "config.json"
-    _recover(Path(path))
+    recover(Path(path))
     if not file.is_file():
         found = (
             "an empty or different folder" if Path(path).is_dir() else "a file" if Path(path).exists() else "nothing"
@@ -249,86 +247,6 @@ def weights_digest(path: str | Path) -> str:
     return files_digest(weight_files(Path(path)))
 
 
-def files_digest(files: Iterable[Path]) -> str:
-    """Return the sha256 over the contents of `files`, one after the other."""
-    digest = hashlib.sha256()
-    for file in files:
-        _add_file(digest, file)
-    return digest.hexdigest()
-
-
-def _add_file(digest: Any, file: Path) -> None:
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-
-
-@contextmanager
-def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
-    """Give a temporary sibling folder that becomes `path` when the block ends well and vanishes when it does not.
-
-    Raises:
-        CheckpointError: `path` exists and not `force`, or writing failed.
-    """
-    check_target(path, force=force)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    replaced = _replaced(path)
-    try:
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)  # of a killed process of the same number
-            temporary.mkdir()
-            yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    _sync(file)
-            _sync(temporary)
-            if path.exists():
-                shutil.rmtree(replaced, ignore_errors=True)  # of a process killed after its two renames
-                path.rename(replaced)
-            temporary.rename(path)
-            _sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        _recover(path)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what Python, safetensors and torch raise when a disk refuses (full, no permission) into CheckpointError."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, OSError) or "os error" in str(error).lower() or "file write" in str(error):
-            raise CheckpointError(f"could not write {path}: {error}; what was there before is untouched") from error
-        raise
-
-
-def check_target(path: Path, *, force: bool) -> None:
-    """Raise CheckpointError if `path` exists and `force` is not set: asked before long work, not after."""
-    if not path.name:
-        raise CheckpointError(f"{path} cannot be replaced as a whole; name a folder in it")
-    _recover(path)
-    if path.exists() and not force:
-        raise CheckpointError(f"{path} exists already; choose another name, or --force to replace it")
-    ours = ("config.json", "recipe.yaml")
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not any((path / f).exists() for f in ours)):
-        raise CheckpointError(
-            f"{path} exists and is neither a checkpoint nor a run: it is not ours to replace; choose another name"
-        )
-
-
-def _recover(path: Path) -> None:
-    """Undo a replacement that was killed between its two renames."""
-    if not path.exists() and _replaced(path).exists():
-        _replaced(path).rename(path)
-
-
-def _replaced(path: Path) -> Path:
-    return path.with_name(f".{path.name}.replaced")
-
-
 def weight_files(path: Path) -> list[Path]:
     """List the weight files of a checkpoint by name; CheckpointError if one that its index names is missing."""
     files = sorted(path.glob("*.safetensors"))
@@ -346,11 +264,3 @@ def weight_files(path: Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"checkpoint {path} is incomplete: {', '.join(sorted(missing))} missing")
     return files
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from ..data.sources import first_line
-from ..errors import HubError
-from ..training.optimization import OPTIMIZER_FILE
+from ..errors import HubError, first_line
 from .card import model_card
 from .checkpoint import CARD_FILE, read_config, verify_checkpoint
+from .optimizer import OPTIMIZER_FILE
 
 
 def push_to_hub(

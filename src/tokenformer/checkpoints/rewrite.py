@@ -24,17 +24,10 @@ from ..growth.architectures import Groups, TokenMap, architecture_of, token_grou
 from ..growth.groups import check_siblings, merge_operation
 from ..growth.operations import Operation
 from ..growth.state import States, check_finite, move_states, read_map, rewritten
-from ..training.optimization import OPTIMIZER_FILE, load_states
-from .checkpoint import (
-    OnProgress,
-    check_target,
-    load_tokenizer,
-    read_config,
-    save_checkpoint,
-    tensor_files,
-    verify_checkpoint,
-)
+from .checkpoint import OnProgress, load_tokenizer, read_config, save_checkpoint, tensor_files, verify_checkpoint
+from .files import check_target
 from .lineage import Lineage
+from .optimizer import OPTIMIZER_FILE, load_states
 
 
 class StoredTensors(Mapping[str, Tensor]):

@@ -42,9 +42,11 @@ def train(
     force: Force = False,
 ) -> None:
     """Train a recipe: stage after stage, growing in between."""
+    from ..quiet import quiet_libraries
     from ..training.recipe import load_recipe
     from ..training.train import train as run
-    from .displays import TrainingDisplay, quiet_libraries, stage_table
+    from .displays import TrainingDisplay
+    from .tables import stage_table
 
     quiet_libraries()
     console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun, one process speaks
@@ -80,7 +82,7 @@ def generate(
 
     from ..checkpoints.checkpoint import load_checkpoint
     from ..errors import TokenizerError
-    from .displays import quiet_libraries
+    from ..quiet import quiet_libraries
 
     quiet_libraries()
     model, tokenizer, _ = load_checkpoint(checkpoint, keep=keep)
@@ -131,8 +133,9 @@ def evaluate(
     from ..checkpoints.checkpoint import load_checkpoint
     from ..errors import EvaluationError, TokenizerError
     from ..evaluate import evaluate_tasks, evaluate_text
+    from ..quiet import quiet_libraries
     from ..training.recipe import parse_recipe
-    from .displays import quiet_libraries, task_table
+    from .tables import task_table
 
     quiet_libraries()
     if not text and not tasks:
@@ -167,7 +170,7 @@ def push(
 ) -> None:
     """Publish a checkpoint on the Hugging Face Hub, with its model card."""
     from ..checkpoints.hub import push_to_hub
-    from .displays import quiet_libraries
+    from ..quiet import quiet_libraries
 
     quiet_libraries()
     address = push_to_hub(checkpoint, repository, private=private, license=license)
@@ -186,7 +189,8 @@ def convert_official(
 ) -> None:
     """Turn an official TokenFormer checkpoint into an ordinary Hugging Face model."""
     from ..convert.files import convert_official as run
-    from .displays import quiet_libraries, stage_table
+    from ..quiet import quiet_libraries
+    from .tables import stage_table
 
     quiet_libraries()
     console = Console()
@@ -208,7 +212,8 @@ def convert_transformer(
 ) -> None:
     """Turn an ordinary GPT-NeoX into a TokenFormer that computes the same, and can grow everywhere."""
     from ..convert.transformer import convert_transformer as run
-    from .displays import quiet_libraries, stage_table
+    from ..quiet import quiet_libraries
+    from .tables import stage_table
 
     quiet_libraries()
     console = Console()
@@ -229,7 +234,7 @@ def convert_to_official(
     from ..convert.files import convert_to_official as run
     from ..convert.official import expressed_tokens
     from ..models.configuration_tokenformer import PROJECTIONS
-    from .displays import quiet_libraries
+    from ..quiet import quiet_libraries
 
     quiet_libraries()
     described = run(checkpoint, output, force=force)
@@ -250,13 +255,14 @@ def recipe(
 ) -> None:
     """Print a recipe to start from, and the presets it may name."""
     from ..models.configuration_tokenformer import PRESETS
-    from ..training.recipe import EXAMPLE, fields
+    from ..sections import fields
+    from ..training.recipe import EXAMPLE, Recipe
 
     if not explain:
         typer.echo(EXAMPLE + "# presets: " + ", ".join(PRESETS))
         return
     console = Console()
-    for key, kind, default, meaning in fields():
+    for key, kind, default, meaning in fields(Recipe):
         facts = f"{kind}; {default}" if default == "required" else f"{kind}; default {default}" if default else kind
         console.print(f"[bold]{escape(key)}[/bold]  [dim]{escape(facts)}[/dim]", highlight=False, soft_wrap=True)
         console.print(Padding(escape(meaning), (0, 0, 0, 4)), highlight=False)

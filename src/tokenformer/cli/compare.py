@@ -26,7 +26,8 @@ def compare(
     from ..compare.recipe import load_compare_recipe
     from ..compare.report import write_report
     from ..compare.run import compare as run
-    from .displays import ComparisonDisplay, quiet_libraries
+    from ..quiet import quiet_libraries
+    from .displays import ComparisonDisplay
 
     quiet_libraries()
     console = Console()

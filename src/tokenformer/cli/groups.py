@@ -134,7 +134,7 @@ def merge(
     """Unite the token groups of two models grown apart from one parent."""
     from ..checkpoints.rewrite import merge_checkpoints, open_checkpoint
     from ..errors import GrowthError
-    from .displays import quiet_libraries
+    from ..quiet import quiet_libraries
 
     quiet_libraries()
     pairs = [pair.partition("=") for pair in rename or []]
@@ -164,7 +164,7 @@ def split(
     """Save one token group alone, as an add-on for its parent."""
     from ..checkpoints.addons import split_state
     from ..checkpoints.rewrite import open_checkpoint
-    from .displays import quiet_libraries
+    from ..quiet import quiet_libraries
 
     quiet_libraries()
     source = open_checkpoint(checkpoint)
@@ -227,7 +227,8 @@ def route(
     """Let a token group take part only for text of its kind."""
     import datasets
 
-    from ..checkpoints.checkpoint import check_target, save_checkpoint
+    from ..checkpoints.checkpoint import save_checkpoint
+    from ..checkpoints.files import check_target
     from ..growth.route import route as run
 
     check_target(output, force=force)
@@ -262,7 +263,8 @@ def inspect(
     from ..checkpoints.checkpoint import read_config, verify_checkpoint
     from ..errors import EvaluationError
     from ..growth.architectures import architecture_of, token_groups
-    from .displays import lineage_table, quiet_libraries
+    from ..quiet import quiet_libraries
+    from .tables import lineage_table
 
     if picture is not None and prompt is None:
         raise EvaluationError("--picture shows what a prompt's next word came from; give --prompt as well")
@@ -321,9 +323,9 @@ def _rewrite(
     checkpoint: Path, output: Path, operation: Callable[[Any], Any], *, force: bool, same: bool = False, **event: Any
 ) -> None:
     """Do to the files of a checkpoint what `operation` says of it; `same`: its loss stays what it was."""
-    from ..checkpoints.checkpoint import check_target
+    from ..checkpoints.files import check_target
     from ..checkpoints.rewrite import open_checkpoint, rewrite
-    from .displays import quiet_libraries
+    from ..quiet import quiet_libraries
 
     quiet_libraries()
     check_target(output, force=force)
@@ -337,7 +339,7 @@ def _select(checkpoint: Path, output: Path, text: str, operation: Callable[[Any,
     """Judge parameter tokens by a text, and write the checkpoint that `operation` makes of them."""
     from dataclasses import replace
 
-    from ..checkpoints.checkpoint import check_target
+    from ..checkpoints.files import check_target
 
     check_target(output, force=force)
     model, _, _, sample = _judged(checkpoint)
@@ -352,9 +354,9 @@ def _judged(checkpoint: Path) -> tuple[Any, Any, Any, Callable[[str], Any]]:
     import torch
 
     from ..checkpoints.checkpoint import load_checkpoint
-    from ..data.text import sample_blocks
+    from ..data.blocks import sample_blocks
     from ..errors import TokenizerError
-    from .displays import quiet_libraries
+    from ..quiet import quiet_libraries
 
     quiet_libraries()
     model, tokenizer, lineage = load_checkpoint(checkpoint)
@@ -388,7 +390,7 @@ def _inspect_use(
 
 
 def _report(console: Console, *rows: tuple[str, Path]) -> None:
-    from .displays import stage_table
+    from .tables import stage_table
 
     console.print(stage_table(rows))
     console.print(f"Written: {rows[-1][1]}", markup=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import EvaluationError, RecipeError
-from ..training.recipe import parse_sections
+from ..sections import parse_sections
 from .page import scientific
 from .recipe import CompareRecipe
 from .results import MAY_GAIN, Line

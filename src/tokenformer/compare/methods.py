@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.optimizer import OptimizerState
 from ..errors import GrowthError
 from ..growth.architectures import architecture_of, token_groups, with_groups
 from ..growth.grow import Amount, resolve_amount
 from ..growth.neurons import group_neurons
 from ..models.pattention import default_tau, reset_linear
-from ..training.optimization import OptimizerState, grow_with_states, states_by_group
+from ..training.optimization import grow_with_states, states_by_group
 
 Grown = tuple[Any, OptimizerState]
 

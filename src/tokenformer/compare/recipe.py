@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from ..data.text import DataSection
 from ..errors import RecipeError
 from ..growth.grow import Amount
-from ..training.recipe import DataSection, Section, TrainingSection, parse_sections, read_yaml
+from ..sections import Section, parse_sections, read_yaml
+from ..training.recipe import TrainingSection
 from .methods import METHODS
 
 Unit = Literal["training_flops", "text_tokens", "seconds"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from ..checkpoints.checkpoint import disk_errors
+from ..checkpoints.files import disk_errors
 from .conclusions import answer, counted, limits
 from .decision import decision
 from .findings import Findings

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from ..checkpoints.checkpoint import disk_errors
+from ..checkpoints.files import disk_errors
 from ..checkpoints.lineage import Event
 from ..errors import RecipeError
 from .recipe import CompareRecipe

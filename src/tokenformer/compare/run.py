@@ -13,20 +13,23 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import multiprocessing
 from transformers import AutoModelForCausalLM
 
 from .. import cost
-from ..checkpoints.checkpoint import disk_errors
-from ..cli.displays import quiet_libraries
-from ..data.text import halve_validation, prepare
-from ..errors import GrowthError, RecipeError, TokenformerError
+from ..checkpoints.files import disk_errors
+from ..data.blocks import pack, utf8_bytes
+from ..data.text import TextData, prepare
+from ..errors import DataError, GrowthError, RecipeError, TokenformerError
 from ..growth.freeze import freeze_only
+from ..quiet import quiet_libraries
 from ..training.stage import unfinished
 from .arms import Run, Segment, final_runs, first_config, segments, tuning_runs
 from .methods import grow_by
@@ -112,7 +115,7 @@ def load_text(recipe: CompareRecipe, folder: Path) -> Text:
     length = recipe.training.sequence_length
     with FileLock(folder / ".text.lock"):
         data = prepare(recipe.data, sequence_length=length, tokenizer_folder=folder / "tokenizer")
-        return Text(*halve_validation(data, sequence_length=length))
+        return Text(*_halve_validation(data, sequence_length=length))
 
 
 def rehearse(recipe: CompareRecipe, text: Text) -> None:
@@ -302,3 +305,30 @@ def _default_workers(recipe: CompareRecipe, devices: list[str]) -> int:
         return max(1, len(devices))
     cores = os.cpu_count() or 1
     return max(1, cores // (recipe.training.threads or cores))
+
+
+def _halve_validation(data: TextData, *, sequence_length: int) -> tuple[TextData, TextData]:
+    """Return `data` twice, each with about half of the held-out documents: one to choose by, one to report.
+
+    Raises:
+        DataError: there is one held-out document only.
+    """
+    documents = data.validation_documents
+    if len(documents) < 2:
+        raise DataError(
+            f"{len(documents)} document is held out, and one to tune on must be another than one to report on; raise "
+            "data.validation_bytes or data.validation_fraction, or give text of more documents"
+        )
+    sizes = np.cumsum([len(text.encode()) for text in documents["text"]])
+    middle = int(np.clip(np.searchsorted(sizes, sizes[-1] / 2) + 1, 1, len(documents) - 1))
+    halves = [documents.select(range(middle)), documents.select(range(middle, len(documents)))]
+    first, second = (
+        replace(
+            data,
+            validation_documents=half,
+            validation_blocks=pack(half, data.tokenizer, block_length=sequence_length, keep_tail=True),
+            validation_bytes=utf8_bytes(half),
+        )
+        for half in halves
+    )
+    return first, second

@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM
 from .. import cost
 from ..checkpoints.checkpoint import load_checkpoint
 from ..checkpoints.lineage import Lineage
+from ..checkpoints.optimizer import OptimizerState, load_states
 from ..data.text import TextData
 from ..evaluate import Evaluation, evaluate
 from ..growth.freeze import freeze_only
-from ..training.optimization import OptimizerState, load_states
+from ..training.log import Log, read_log
 from ..training.preparation import use_bfloat16
 from ..training.recipe import ModelSection, Recipe, Stage, TrainingSection
-from ..training.stage import Log, StageRun, read_log
+from ..training.stage import StageRun
 from .arms import Segment, first_config
 from .budgets import cost_per_step, flops_per_step, steps_within
 from .methods import grow_by

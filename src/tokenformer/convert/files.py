@@ -17,19 +17,16 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import (
     OnProgress,
-    check_target,
     check_tokenizer,
-    disk_errors,
-    files_digest,
     read_config,
     save_checkpoint,
     verify_checkpoint,
     weight_files,
 )
+from ..checkpoints.files import check_target, disk_errors, files_digest
 from ..checkpoints.lineage import Lineage
-from ..data.sources import first_line
-from ..data.text import open_tokenizer
-from ..errors import CheckpointError, ConversionError
+from ..data.tokenizer import open_tokenizer
+from ..errors import CheckpointError, ConversionError, first_line
 from ..models.modeling_tokenformer import TokenformerForCausalLM
 from .official import (
     canonical_name,

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from transformers import GPTNeoXConfig
 
-from ..checkpoints.checkpoint import OnProgress, check_target, load_tokenizer, save_checkpoint
+from ..checkpoints.checkpoint import OnProgress, load_tokenizer, save_checkpoint
+from ..checkpoints.files import check_target
 from ..checkpoints.lineage import Lineage
 from ..checkpoints.rewrite import check_names, open_checkpoint
 from ..errors import ConversionError

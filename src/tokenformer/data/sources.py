@@ -9,14 +9,14 @@ import difflib
 import glob
 import importlib.util
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import datasets
 import pyarrow
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 
 _TEXT_SUFFIXES = {
     ".txt",
@@ -67,9 +67,15 @@ def load_documents(
     return documents
 
 
-def first_line(error: Exception) -> str:
-    """Name an error and the first line of what it says: libraries go on for pages."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def texts_of(documents: Documents) -> Iterator[str]:
+    """Yield the text of each document, in batches underneath; what only reading a stream can show raises here."""
+    try:
+        for batch in documents.iter(batch_size=64):
+            if None in batch["text"]:
+                raise DataError("a row of the text stream has no text; leave such rows out")
+            yield from batch["text"]
+    except UnicodeDecodeError as error:
+        raise DataError(f"a file of the text stream is not UTF-8: {error}; convert it or leave it out") from error
 
 
 def _load_source(source: str, text_column: str, split: str, streaming: bool) -> list[Documents]:

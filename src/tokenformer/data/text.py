@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from datasets.fingerprint import Hasher
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from pydantic import Field
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..errors import DataError, TokenizerError
-from ..training.recipe import DataSection
-from .sources import Documents, first_line, load_documents
+from ..errors import DataError
+from ..sections import Section
+from .blocks import pack, utf8_bytes
+from .sources import Documents, load_documents, texts_of
+from .tokenizer import make_tokenizer
 
-END_OF_TEXT = "<|endoftext|>"
+
+class DataSection(Section):
+    """The text: where from, how held out, how tokenised."""
+
+    source: str | list[str]
+    """"shakespeare", "python-stdlib", a file, folder, glob, .jsonl, .parquet, a dataset name, or a list."""
+    validation_source: str | list[str] | None = None
+    """Text to validate on. Default: documents held out of `source`."""
+    validation_split: str = "validation"
+    """Split of a named dataset given as `validation_source`."""
+    text_column: str = "text"
+    """Column that holds the text in JSONL, Parquet and datasets."""
+    split: str = "train"
+    """Split of a named dataset."""
+    validation_fraction: float = Field(0.05, gt=0, lt=0.5)
+    """Share of the text (in UTF-8 bytes) whose documents are held out for validation."""
+    validation_bytes: int | None = Field(262_144, gt=0)
+    """Most held-out text to evaluate on, in UTF-8 bytes, whole documents (at least one); null for all of it."""
+    tokenizer: str = "bpe:4096"
+    """"bpe:N" (byte-level BPE trained on the training text), "bytes", or a Hugging Face name or folder. A checkpoint's
+    own tokenizer goes before it."""
+    streaming: bool = False
+    """Read and tokenise on the fly instead of caching: for corpora larger than the disk."""
 
 
 def hold_out(documents: Documents, *, fraction: float, max_bytes: int | None) -> tuple[Documents, datasets.Dataset]:
@@ -34,7 +56,7 @@ def hold_out(documents: Documents, *, fraction: float, max_bytes: int | None) ->
         DataError: fewer than two distinct documents, or a stream without any to hold out.
     """
     if isinstance(documents, datasets.IterableDataset):
-        held = list(_take_bytes((text for text in _texts(documents) if _hash(text) < fraction), max_bytes))
+        held = list(_take_bytes((text for text in texts_of(documents) if _hash(text) < fraction), max_bytes))
         if not held:
             raise DataError("no document of the stream was held out; raise data.validation_fraction")
         train = documents.filter(_is_training, fn_kwargs={"fraction": fraction})
@@ -56,142 +78,6 @@ def hold_out(documents: Documents, *, fraction: float, max_bytes: int | None) ->
     if max_bytes is not None:
         order = order[: max(1, int(np.searchsorted(np.cumsum(sizes[order]), max_bytes, side="right")))]
     return documents.select(np.flatnonzero(~is_held)), documents.select(order)
-
-
-def make_tokenizer(spec: str, documents: Documents) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that `spec` names; ours give every text back exactly, all have an end-of-text token.
-
-    Args:
-        spec: "bpe:N" (byte-level BPE of N entries trained on `documents`; fewer where the text has no more to merge),
-            "bytes" (257 entries), or what `open_tokenizer` opens.
-        documents: the training text.
-
-    Raises:
-        TokenizerError: a spec that is none of these, or a tokenizer without an end-of-text token.
-    """
-    kind, _, size = spec.partition(":")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if spec == "bytes" or (kind == "bpe" and size):
-        if spec == "bytes":
-            vocabulary = {token: i for i, token in enumerate([END_OF_TEXT, *alphabet])}
-            tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-        else:
-            tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        if kind == "bpe":
-            if not size.isdecimal() or int(size) <= len(alphabet):
-                raise TokenizerError(
-                    f'tokenizer {spec!r}: write "bpe:N" with N above {len(alphabet)}, such as bpe:4096'
-                )
-            trainer = trainers.BpeTrainer(
-                vocab_size=int(size), special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
-            )
-            tokenizer.train_from_iterator(_texts(documents), trainer)
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            eos_token=END_OF_TEXT,
-            bos_token=END_OF_TEXT,
-            pad_token=END_OF_TEXT,
-            clean_up_tokenization_spaces=False,
-        )
-    return open_tokenizer(spec)
-
-
-def open_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
-    """Open an existing tokenizer: a Hugging Face name, a folder, or a single tokenizer.json.
-
-    A bare tokenizer.json does not say which entry ends a text; "<|endoftext|>" does, GPT-NeoX's name for it.
-
-    Raises:
-        TokenizerError: there is none, or it has no end-of-text token.
-    """
-    try:
-        if Path(spec).is_file():
-            loaded: Any = PreTrainedTokenizerFast(tokenizer_file=str(spec))
-            if END_OF_TEXT in loaded.get_vocab():
-                loaded.add_special_tokens({"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT})
-        else:
-            loaded = AutoTokenizer.from_pretrained(spec)
-    except Exception as error:  # a damaged file can fail in as many ways as a hub; all mean there is no tokenizer
-        raise TokenizerError(
-            f'tokenizer {str(spec)!r} is neither "bytes", "bpe:N", a tokenizer.json, a folder with a tokenizer nor a '
-            f"name that could be downloaded: {first_line(error)}"
-        ) from error
-    if loaded.eos_token_id is None:
-        raise TokenizerError(
-            f"tokenizer {str(spec)!r} has no end-of-text token, which separates documents; choose another"
-        )
-    return loaded
-
-
-def pack(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, block_length: int, keep_tail: bool = False
-) -> Documents:
-    """Tokenise documents once and cut them into blocks `{"input_ids": [block_length], "labels": [block_length]}`.
-
-    The stream is EOS, document, EOS, document, …, EOS; neighbouring blocks share one text token, so that every one but
-    the first is predicted exactly once. A dataset's blocks are memory-mapped from the cache of `datasets`, found again
-    by what the text and tokenizer are; a stream's are made on the fly, and its errors raised then.
-
-    Args:
-        documents: rows of {"text"}.
-        tokenizer: any with an end-of-text token.
-        block_length: text tokens in a block.
-        keep_tail: fill the last block up (labels -100) instead of leaving its rest out.
-
-    Raises:
-        DataError: less text than one block.
-    """
-    arguments = {"documents": documents, "tokenizer": tokenizer, "block_length": block_length, "keep_tail": keep_tail}
-    if isinstance(documents, datasets.IterableDataset):
-        return datasets.IterableDataset.from_generator(_blocks, gen_kwargs=arguments)
-    identity = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
-    key = Hasher.hash([documents._fingerprint, identity, tokenizer.eos_token_id, block_length, keep_tail, 1])
-    cache = str(datasets.config.HF_DATASETS_CACHE / "tokenformer")
-    try:
-        return datasets.Dataset.from_generator(
-            _blocks, gen_kwargs=arguments, fingerprint=key, features=_FEATURES, cache_dir=cache
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
-            raise error.__cause__ from None
-        if isinstance(error.__cause__, OSError):
-            raise DataError(f"could not keep the tokenised text in {cache}: {error.__cause__}") from error
-        raise
-
-
-def training_order(num_blocks: int, start: int, count: int, *, seed: int) -> np.ndarray:
-    """Return which block each of the positions start … start + count - 1 of the endless training order holds.
-
-    Every epoch is a permutation drawn from (seed, epoch). int64 `[count]`.
-    """
-    epochs = range(start // num_blocks, (start + max(count, 1) - 1) // num_blocks + 1)
-    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_blocks) for epoch in epochs])
-    first = start - epochs.start * num_blocks
-    return order[first : first + count]
-
-
-def sample_blocks(
-    source: str, tokenizer: PreTrainedTokenizerBase, *, block_length: int, text_tokens: int = 65_536
-) -> datasets.Dataset:
-    """Return about `text_tokens` of the text of `source`, from all over it, packed into blocks: to judge a model by.
-
-    Raises:
-        DataError: there is no such text, it cannot be read, or it is shorter than a block.
-    """
-    documents = load_documents(source, text_column="text", split="train", streaming=False)
-    order = np.random.default_rng(0).permutation(len(documents))
-    sizes = np.cumsum([len(documents[int(i)]["text"]) for i in order[: text_tokens // 8]])
-    enough = int(np.searchsorted(sizes, 16 * text_tokens)) + 1
-    blocks = pack(documents.select(order[:enough].tolist()), tokenizer, block_length=block_length)
-    step = max(1, len(blocks) * (block_length - 1) // text_tokens)
-    return blocks.select(range(0, len(blocks), step))
-
-
-def utf8_bytes(documents: Iterable[Any]) -> int:
-    """Bytes of text in rows of {"text"}."""
-    return sum(len(row["text"].encode()) for row in documents)
 
 
 @dataclass(frozen=True)
@@ -256,47 +142,6 @@ def prepare(
     return TextData(train_blocks, validation, validation_blocks, validation_bytes, tokenizer, facts)
 
 
-def halve_validation(data: TextData, *, sequence_length: int) -> tuple[TextData, TextData]:
-    """Return `data` twice, each with about half of the held-out documents: one to choose by, one to report.
-
-    Raises:
-        DataError: there is one held-out document only.
-    """
-    documents = data.validation_documents
-    if len(documents) < 2:
-        raise DataError(
-            f"{len(documents)} document is held out, and one to tune on must be another than one to report on; raise "
-            "data.validation_bytes or data.validation_fraction, or give text of more documents"
-        )
-    sizes = np.cumsum([len(text.encode()) for text in documents["text"]])
-    middle = int(np.clip(np.searchsorted(sizes, sizes[-1] / 2) + 1, 1, len(documents) - 1))
-    halves = [documents.select(range(middle)), documents.select(range(middle, len(documents)))]
-    first, second = (
-        replace(
-            data,
-            validation_documents=half,
-            validation_blocks=pack(half, data.tokenizer, block_length=sequence_length, keep_tail=True),
-            validation_bytes=utf8_bytes(half),
-        )
-        for half in halves
-    )
-    return first, second
-
-
-_FEATURES = datasets.Features({c: datasets.List(datasets.Value("int32")) for c in ("input_ids", "labels")})
-
-
-def _texts(documents: Documents) -> Iterator[str]:
-    """Yield the text of each document, in batches underneath; what only reading a stream can show raises here."""
-    try:
-        for batch in documents.iter(batch_size=64):
-            if None in batch["text"]:
-                raise DataError("a row of the text stream has no text; leave such rows out")
-            yield from batch["text"]
-    except UnicodeDecodeError as error:
-        raise DataError(f"a file of the text stream is not UTF-8: {error}; convert it or leave it out") from error
-
-
 def _hash(text: str) -> float:
     """Return a number in [0, 1), or 1 for an empty text, which is never held out: there is nothing to measure in it."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 if text else 1.0
@@ -318,30 +163,3 @@ def _take_bytes(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:
             return
         yield text
         taken += size
-
-
-def _blocks(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, block_length: int, keep_tail: bool
-) -> Iterator[dict[str, list[int]]]:
-    eos = tokenizer.eos_token_id
-    stream = [eos]
-    made = 0
-    texts = _texts(documents)
-    while batch := list(itertools.islice(texts, 64)):
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-            stream += [*ids, eos]
-        start = 0
-        while start + block_length <= len(stream):
-            block = stream[start : start + block_length]
-            yield {"input_ids": block, "labels": block}
-            start += block_length - 1
-            made += 1
-        stream = stream[start:]
-    if keep_tail and len(stream) > 1:
-        missing = block_length - len(stream)
-        yield {"input_ids": stream + [eos] * missing, "labels": stream + [-100] * missing}
-    elif not made:
-        raise DataError(
-            f"the text is shorter than one block of {block_length} text tokens; give more than these {len(stream)}, or "
-            "shorter blocks"
-        )

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..checkpoints.optimizer import OptimizerState
 from ..growth.architectures import architecture_of
 from ..growth.grow import grow
 from ..growth.neurons import group_neurons
 from ..models.pattention import BASE_GROUP
 from .recipe import Recipe, Stage
-
-OPTIMIZER_FILE = "optimizer.pt"
-OptimizerState = dict[str, dict[str, torch.Tensor]]
 
 
 def steps_of(stage: Stage, recipe: Recipe) -> int:
@@ -41,24 +36,6 @@ def learning_rate(recipe: Recipe, stage: int, step: int) -> float:
     rise = (now + 1) / (t.warmup * total + 1)
     fall = 1.0 if t.schedule == "constant" else (total - now) / max(1.0, t.decay * total)
     return peak * min(1.0, rise, fall)
-
-
-def load_states(checkpoint: str | Path) -> OptimizerState:
-    """Read the optimizer's states by parameter name; none where the checkpoint came without.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    file = Path(checkpoint) / OPTIMIZER_FILE
-    if not file.exists():
-        return {}
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"checkpoint {checkpoint} is damaged: {OPTIMIZER_FILE}: {reason}; delete it to start the optimizer afresh"
-        ) from error
 
 
 def states_by_group(model: Any, states: OptimizerState) -> OptimizerState:

@@ -15,7 +15,8 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ..checkpoints.checkpoint import check_target, disk_errors, load_tokenizer, read_config
+from ..checkpoints.checkpoint import load_tokenizer, read_config
+from ..checkpoints.files import check_target, disk_errors
 from ..data.text import TextData, prepare
 from ..errors import CheckpointError, GrowthError, RecipeError, TokenizerError
 from ..growth.freeze import freeze_only

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,38 +17,22 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from .. import cost
-from ..checkpoints.checkpoint import disk_errors, save_checkpoint
+from ..checkpoints.checkpoint import save_checkpoint
+from ..checkpoints.files import disk_errors
 from ..checkpoints.lineage import Lineage
-from ..data.text import TextData, training_order
+from ..checkpoints.optimizer import OPTIMIZER_FILE, OptimizerState
+from ..data.blocks import training_order
+from ..data.text import TextData
 from ..evaluate import Evaluation, evaluate
 from ..growth.architectures import token_groups
 from ..growth.freeze import freeze_only
 from ..models.pattention import Pattention
-from .optimization import (
-    OPTIMIZER_FILE,
-    OptimizerState,
-    grow_with_states,
-    learning_rate,
-    make_optimizer,
-    steps_of,
-)
+from .log import Log
+from .optimization import grow_with_states, learning_rate, make_optimizer, steps_of
 from .preparation import frozen_parts, processes, training_arguments, use_bfloat16
 from .recipe import Recipe
 
 _COMPLETE = "complete"
-
-OnEvent = Callable[[dict[str, Any]], None]
-
-
-def read_log(run: str | Path) -> list[dict[str, Any]]:
-    """Return the events of a run; a last line cut short by a kill is left out."""
-    events = []
-    for line in (Path(run) / "log.jsonl").read_text().splitlines():
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return events
 
 
 Start = Callable[[], tuple[Any, OptimizerState, Lineage]]
@@ -64,36 +46,6 @@ def unfinished(target: Path) -> Path:
 def stage_seed(recipe: Recipe, index: int) -> int:
     """Return the seed of the new weights of a stage."""
     return recipe.seed * 1000 + index
-
-
-@dataclass
-class Log:
-    """The events of a run, in a file and to whoever watches; `enabled` in the one process that writes."""
-
-    path: Path
-    on_event: OnEvent
-    enabled: bool
-
-    def write(self, event: dict[str, Any]) -> None:
-        """Append one event."""
-        if self.enabled:
-            with disk_errors(self.path), self.path.open("a") as stream:
-                stream.write(json.dumps(event) + "\n")
-        self.on_event(event)
-
-    def rewind(self, stage: int, step: int) -> dict[str, Any]:
-        """Drop what was logged after `step` of `stage`, to be logged again; return the newest event that is left."""
-        if not self.path.exists():
-            return {}
-        kept = [e for e in read_log(self.path.parent) if (e.get("stage", 0), e.get("step", 0)) <= (stage, step)]
-        if step == 0:
-            kept = [e for e in kept if e.get("stage", 0) < stage]
-        if self.enabled:
-            temporary = self.path.with_suffix(".tmp")
-            with disk_errors(self.path):
-                temporary.write_text("".join(json.dumps(e) + "\n" for e in kept))
-                temporary.replace(self.path)
-        return next((e for e in reversed(kept) if "seconds" in e), {})
 
 
 class StageRun(TrainerCallback):

@@ -17,13 +17,14 @@ import torch
 
 from ..checkpoints.checkpoint import load_checkpoint
 from ..checkpoints.lineage import Lineage
+from ..checkpoints.optimizer import OptimizerState, load_states
 from ..data.text import TextData
 from ..errors import CheckpointError, DataError
 from ..models.modeling_tokenformer import TokenformerForCausalLM
-from .optimization import OptimizerState, load_states
+from .log import Log, OnEvent, read_log
 from .preparation import check_resumable, first_config, new_run, prepare_run, processes
 from .recipe import Recipe
-from .stage import Log, OnEvent, StageRun, read_log, stage_seed, unfinished
+from .stage import StageRun, stage_seed, unfinished
 
 
 def train(

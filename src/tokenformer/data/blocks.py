@@ -1,0 +1,114 @@
+"""Documents into text blocks: stretches of text-token ids of one length, and their order."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import DataError
+from .sources import Documents, load_documents, texts_of
+
+
+def pack(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, block_length: int, keep_tail: bool = False
+) -> Documents:
+    """Tokenise documents once and cut them into blocks `{"input_ids": [block_length], "labels": [block_length]}`.
+
+    The stream is EOS, document, EOS, document, …, EOS; neighbouring blocks share one text token, so that every one but
+    the first is predicted exactly once. A dataset's blocks are memory-mapped from the cache of `datasets`, found again
+    by what the text and tokenizer are; a stream's are made on the fly, and its errors raised then.
+
+    Args:
+        documents: rows of {"text"}.
+        tokenizer: any with an end-of-text token.
+        block_length: text tokens in a block.
+        keep_tail: fill the last block up (labels -100) instead of leaving its rest out.
+
+    Raises:
+        DataError: less text than one block.
+    """
+    arguments = {"documents": documents, "tokenizer": tokenizer, "block_length": block_length, "keep_tail": keep_tail}
+    if isinstance(documents, datasets.IterableDataset):
+        return datasets.IterableDataset.from_generator(_blocks, gen_kwargs=arguments)
+    identity = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+    key = Hasher.hash([documents._fingerprint, identity, tokenizer.eos_token_id, block_length, keep_tail, 1])
+    cache = str(datasets.config.HF_DATASETS_CACHE / "tokenformer")
+    try:
+        return datasets.Dataset.from_generator(
+            _blocks, gen_kwargs=arguments, fingerprint=key, features=_FEATURES, cache_dir=cache
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, DataError):
+            raise error.__cause__ from None
+        if isinstance(error.__cause__, OSError):
+            raise DataError(f"could not keep the tokenised text in {cache}: {error.__cause__}") from error
+        raise
+
+
+def training_order(num_blocks: int, start: int, count: int, *, seed: int) -> np.ndarray:
+    """Return which block each of the positions start … start + count - 1 of the endless training order holds.
+
+    Every epoch is a permutation drawn from (seed, epoch). int64 `[count]`.
+    """
+    epochs = range(start // num_blocks, (start + max(count, 1) - 1) // num_blocks + 1)
+    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_blocks) for epoch in epochs])
+    first = start - epochs.start * num_blocks
+    return order[first : first + count]
+
+
+def sample_blocks(
+    source: str, tokenizer: PreTrainedTokenizerBase, *, block_length: int, text_tokens: int = 65_536
+) -> datasets.Dataset:
+    """Return about `text_tokens` of the text of `source`, from all over it, packed into blocks: to judge a model by.
+
+    Raises:
+        DataError: there is no such text, it cannot be read, or it is shorter than a block.
+    """
+    documents = load_documents(source, text_column="text", split="train", streaming=False)
+    order = np.random.default_rng(0).permutation(len(documents))
+    sizes = np.cumsum([len(documents[int(i)]["text"]) for i in order[: text_tokens // 8]])
+    enough = int(np.searchsorted(sizes, 16 * text_tokens)) + 1
+    blocks = pack(documents.select(order[:enough].tolist()), tokenizer, block_length=block_length)
+    step = max(1, len(blocks) * (block_length - 1) // text_tokens)
+    return blocks.select(range(0, len(blocks), step))
+
+
+def utf8_bytes(documents: Iterable[Any]) -> int:
+    """Bytes of text in rows of {"text"}."""
+    return sum(len(row["text"].encode()) for row in documents)
+
+
+_FEATURES = datasets.Features({c: datasets.List(datasets.Value("int32")) for c in ("input_ids", "labels")})
+
+
+def _blocks(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, block_length: int, keep_tail: bool
+) -> Iterator[dict[str, list[int]]]:
+    eos = tokenizer.eos_token_id
+    stream = [eos]
+    made = 0
+    texts = texts_of(documents)
+    while batch := list(itertools.islice(texts, 64)):
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            stream += [*ids, eos]
+        start = 0
+        while start + block_length <= len(stream):
+            block = stream[start : start + block_length]
+            yield {"input_ids": block, "labels": block}
+            start += block_length - 1
+            made += 1
+        stream = stream[start:]
+    if keep_tail and len(stream) > 1:
+        missing = block_length - len(stream)
+        yield {"input_ids": stream + [eos] * missing, "labels": stream + [-100] * missing}
+    elif not made:
+        raise DataError(
+            f"the text is shorter than one block of {block_length} text tokens; give more than these {len(stream)}, or "
+            "shorter blocks"
+        )

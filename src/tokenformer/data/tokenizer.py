@@ -1,0 +1,81 @@
+"""Tokenizers: made from the text, or opened; every one has an end-of-text token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..errors import TokenizerError, first_line
+from .sources import Documents, texts_of
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def make_tokenizer(spec: str, documents: Documents) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that `spec` names; ours give every text back exactly, all have an end-of-text token.
+
+    Args:
+        spec: "bpe:N" (byte-level BPE of N entries trained on `documents`; fewer where the text has no more to merge),
+            "bytes" (257 entries), or what `open_tokenizer` opens.
+        documents: the training text.
+
+    Raises:
+        TokenizerError: a spec that is none of these, or a tokenizer without an end-of-text token.
+    """
+    kind, _, size = spec.partition(":")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if spec == "bytes" or (kind == "bpe" and size):
+        if spec == "bytes":
+            vocabulary = {token: i for i, token in enumerate([END_OF_TEXT, *alphabet])}
+            tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        else:
+            tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        if kind == "bpe":
+            if not size.isdecimal() or int(size) <= len(alphabet):
+                raise TokenizerError(
+                    f'tokenizer {spec!r}: write "bpe:N" with N above {len(alphabet)}, such as bpe:4096'
+                )
+            trainer = trainers.BpeTrainer(
+                vocab_size=int(size), special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+            )
+            tokenizer.train_from_iterator(texts_of(documents), trainer)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            eos_token=END_OF_TEXT,
+            bos_token=END_OF_TEXT,
+            pad_token=END_OF_TEXT,
+            clean_up_tokenization_spaces=False,
+        )
+    return open_tokenizer(spec)
+
+
+def open_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
+    """Open an existing tokenizer: a Hugging Face name, a folder, or a single tokenizer.json.
+
+    A bare tokenizer.json does not say which entry ends a text; "<|endoftext|>" does, GPT-NeoX's name for it.
+
+    Raises:
+        TokenizerError: there is none, or it has no end-of-text token.
+    """
+    try:
+        if Path(spec).is_file():
+            loaded: Any = PreTrainedTokenizerFast(tokenizer_file=str(spec))
+            if END_OF_TEXT in loaded.get_vocab():
+                loaded.add_special_tokens({"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT})
+        else:
+            loaded = AutoTokenizer.from_pretrained(spec)
+    except Exception as error:  # a damaged file can fail in as many ways as a hub; all mean there is no tokenizer
+        raise TokenizerError(
+            f'tokenizer {str(spec)!r} is neither "bytes", "bpe:N", a tokenizer.json, a folder with a tokenizer nor a '
+            f"name that could be downloaded: {first_line(error)}"
+        ) from error
+    if loaded.eos_token_id is None:
+        raise TokenizerError(
+            f"tokenizer {str(spec)!r} has no end-of-text token, which separates documents; choose another"
+        )
+    return loaded

@@ -1,0 +1,123 @@
+"""YAML into checked, documented sections: no unknown keys, a docstring under each field as its help text."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import RecipeError
+
+
+class Section(BaseModel):
+    """Part of a recipe: no unknown keys, a docstring under each field as its help text."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads +256 as the text "+256", an addition, where YAML's integers would lose the sign."""
+
+
+_Loader.yaml_implicit_resolvers = {c: r for c, r in yaml.SafeLoader.yaml_implicit_resolvers.items() if c != "+"}
+
+
+def read_sections(kind: type[S], path: str | Path) -> S:
+    """Read a YAML file whose keys are the fields of `kind`.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown key (names the nearest), a missing or impossible value.
+    """
+    return parse_sections(kind, read_yaml(kind, path), where=str(path))
+
+
+def read_yaml(kind: type[Section], path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of keys, such as the fields of `kind`.
+
+    Raises:
+        RecipeError: no such file, or not YAML.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RecipeError(f"cannot read recipe {path}: {reason}") from error
+    try:
+        content = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"recipe {path} holds {type(content).__name__}, not keys such as {_keys(kind)}")
+    return content
+
+
+def parse_sections(kind: type[S], content: dict[str, Any], *, where: str) -> S:
+    """Check nested dictionaries whose keys are the fields of `kind`; errors as in `read_sections`."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        problems = [_describe(kind, problem) for problem in error.errors()]
+        raise RecipeError("\n".join([f"{where}:", *(f"  {p}" for p in problems)])) from error
+
+
+def fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Yield (key, type, default, meaning) of every field, sections first: what `recipe --explain` prints."""
+    for name, field in section.model_fields.items():
+        inner = _section(field.annotation)
+        if inner is not None:
+            yield f"{prefix}{name}", "section", "", field.description or ""
+            yield from fields(inner, f"{prefix}{name}{'[]' if _is_list(field.annotation) else ''}.")
+            continue
+        default = "required" if field.is_required() else "" if field.default is None else str(field.default)
+        yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
+
+
+def _describe(kind: type[BaseModel], problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        section: type[BaseModel] | None = kind
+        for part in problem["loc"][:-1]:
+            if section is not None and isinstance(part, str) and part in section.model_fields:
+                section = _section(section.model_fields[part].annotation)
+        known = list((section or kind).model_fields)
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"{key!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key and not message.startswith("stages.") else message
+    return f"{key} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys(section: type[BaseModel]) -> str:
+    return ", ".join(section.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if typing.get_origin(annotation) in (list, dict):
+        annotation = typing.get_args(annotation)[-1]
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _is_list(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is list
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return " or ".join(_type_name(a) for a in typing.get_args(annotation) if a is not type(None))
+    if typing.get_origin(annotation) is Literal:
+        return " or ".join(str(a) for a in typing.get_args(annotation))
+    names = {str: "text", int: "integer", float: "number", bool: "true or false"}
+    return names.get(annotation, str(annotation).replace("typing.", "").replace("str", "text"))
