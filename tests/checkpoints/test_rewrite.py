@@ -270,7 +270,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for where in ("save_file", "_sync"):
+    for where in ("save_file", "sync"):
         with monkeypatch.context() as patch:
             patch.setattr(f"tokenformer.checkpoints.checkpoint.{where}", full)
             with pytest.raises(CheckpointError, match=r"could not write .*No space left"):

@@ -178,7 +178,7 @@ def test_damaged_checkpoints_are_found_before_anything_is_written(run, checkpoin
 
 
 def test_tokenizer_that_does_not_match_the_model(run, checkpoint, tmp_path):
-    from models import tiny
+    from tiny_models import tiny
 
     _, tokenizer, _ = load_checkpoint(checkpoint)
     save_checkpoint(tmp_path / "c", tiny("ffn"), tokenizer, Lineage())
