@@ -25,7 +25,7 @@ from tokenformer.compare.findings import Findings
 from tokenformer.compare.page import scientific
 from tokenformer.compare.report import write_report
 from tokenformer.compare.results import read_results
-from tokenformer.rule import WORTH_OF_PARAMETERS
+from tokenformer.when_to_grow import WORTH_OF_PARAMETERS
 
 ROOT = Path(__file__).parent.parent
 RECIPES, RESULTS, RUNS = ROOT / "recipes" / "compare", ROOT / "benchmarks" / "results" / "compare", ROOT / "runs"
@@ -99,10 +99,10 @@ def summary(name: str) -> str:
     )
 
 
-def rule() -> str:
-    """Return how the rule "grow now, or train on?" does, where it was fitted and where it was not, as Markdown."""
+def advice() -> str:
+    """Return how the advice "grow now" or "train on" does, where it was fitted and where it was not, as Markdown."""
     rows = [
-        "| choices of | how many | growing paid | rule right | lost by it | by always growing | by never growing |",
+        "| choices of | how many | growing paid | advice right | lost by following it | by always growing | by never growing |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     fitted, tested = fitting()
@@ -114,7 +114,7 @@ def rule() -> str:
 
 
 def fitting() -> tuple[list[Choice], dict[str, list[Choice]]]:
-    """Return the choices that the rule is fitted to, and by name those that it is tested on.
+    """Return the choices that the advice is fitted to, and by name those that it is tested on.
 
     Fitted: two comparisons, but for the largest budget of each. Tested: those budgets, and a third comparison.
     """

@@ -145,14 +145,14 @@ def comparisons() -> str:
     return "\n\n".join(compare.summary(name) for name in there)
 
 
-def rule() -> str:
-    """Return how the rule of `tokenformer plan` does."""
-    return compare.rule()
+def advice() -> str:
+    """Return how the advice of `tokenformer plan` does."""
+    return compare.advice()
 
 
 PAGES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (demo, answer, benchmarks),
-    "docs/compare.md": (rule, comparisons),
+    "docs/compare.md": (advice, comparisons),
     "docs/ecosystem.md": (ecosystem, convert),
     "docs/token-groups.md": (rewriting, merging, smollm2_results, continual_results, routing),
 }

@@ -20,7 +20,7 @@ ORDER = [
     ["data", "cost"],
     ["checkpoints", "evaluate", "explain"],
     ["convert", "training"],
-    ["compare", "plan", "rule"],
+    ["compare", "plan", "when_to_grow"],
     ["cli", "__main__"],
 ]
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from . import cost
-from .rule import WORTH_OF_PARAMETERS, Bargain, held_curve, slope
+from .when_to_grow import WORTH_OF_PARAMETERS, Bargain, held_curve, slope
 from .sections import Section, read_sections
 from .training.log import read_log
 from .training.recipe import model_config
@@ -96,7 +96,7 @@ class HardwareSection(Section):
         return 1e12 * (DEVICES[self.device].peak_tflops if self.device else self.peak_tflops or 0)
 
 
-class Run(Section):
+class PlannedModel(Section):
     """A model, and the text that it is trained on."""
 
     model: str | dict[str, Any] = ""
@@ -111,7 +111,7 @@ class Run(Section):
     """Device hours that someone reports for it, all stages before it included: shown beside the computed ones."""
 
     @model_validator(mode="after")
-    def _makes_a_model(self) -> Run:
+    def _makes_a_model(self) -> PlannedModel:
         given = bool(self.model), bool(self.text_tokens)
         if given != ((True, True) if self.run is None else (False, False)):
             raise ValueError("give model and text_tokens, or run: the folder of a training run")
@@ -196,9 +196,9 @@ class Plan(Section):
     """Text tokens in a sequence: what token-token attention costs depends on it."""
     hardware: HardwareSection
     """What it runs on."""
-    grown: list[Run] = Field(min_length=1)
+    grown: list[PlannedModel] = Field(min_length=1)
     """Growth stages in order, the first model's training included."""
-    scratch: list[Run] = Field([])
+    scratch: list[PlannedModel] = Field([])
     """Models trained from scratch instead, each on its own; the last one is compared with the last stage."""
 
     @cached_property
@@ -350,7 +350,7 @@ def _advice(plan: Plan) -> str:
     )
 
 
-def _cost(plan: Plan, run: Run, before: Cost | None) -> Cost:
+def _cost(plan: Plan, run: PlannedModel, before: Cost | None) -> Cost:
     hardware = plan.hardware
     flops = cost.training_flops(run.config, plan.context) * run.text
     if run.run:

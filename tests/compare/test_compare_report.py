@@ -336,12 +336,14 @@ def test_labels_never_cover_each_other(wanted):
     assert placed[0] <= 1 + 1e-9
 
 
-def test_blocks_by_hand():
-    blocks = [Paragraph("a ± b", lead=True), Table(["n", "x"], [["a|b", "1.5"]], marked=["a|b"]), Code("k: <v>")]
-    assert '<p class="lead">a&nbsp;±&nbsp;b</p>' in html_page("t", blocks)
-    assert '<tr class="mark"><td>a|b</td><td class="n">1.5</td></tr>' in html_page("t", blocks)
-    assert "<pre>k: &lt;v&gt;</pre>" in html_page("t", blocks)
-    assert markdown_page("t", blocks) == "# t\n\n**a ± b**\n\n| n | x |\n| --- | --: |\n| a\\|b | 1.5 |\n\n    k: <v>\n"
+def test_elements_by_hand():
+    elements = [Paragraph("a ± b", lead=True), Table(["n", "x"], [["a|b", "1.5"]], marked=["a|b"]), Code("k: <v>")]
+    assert '<p class="lead">a&nbsp;±&nbsp;b</p>' in html_page("t", elements)
+    assert '<tr class="mark"><td>a|b</td><td class="n">1.5</td></tr>' in html_page("t", elements)
+    assert "<pre>k: &lt;v&gt;</pre>" in html_page("t", elements)
+    assert (
+        markdown_page("t", elements) == "# t\n\n**a ± b**\n\n| n | x |\n| --- | --: |\n| a\\|b | 1.5 |\n\n    k: <v>\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def final_runs(recipe: CompareRecipe, arm: str, learning_rate: float) -> list[Ru
     return [Run(arm, seed, learning_rate, budget) for seed in recipe.seeds for budget in recipe.budgets]
 
 
-def first_config(arm: Arm, data: TextData, *, context: int, where: str) -> Any:
+def arm_config(arm: Arm, data: TextData, *, context: int, where: str) -> Any:
     """Return the configuration of an arm's first model.
 
     Raises:

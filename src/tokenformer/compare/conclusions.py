@@ -7,7 +7,7 @@ from statistics import median
 
 from .arms import segments, tuning_runs
 from .findings import Contrast, Findings
-from .page import Block, Bullets, Heading, Paragraph, Table
+from .page import Element, Bullets, Heading, Paragraph, Table
 from .recipe import CompareRecipe
 
 # Kinds of verdict in the order they are told, and how they are said of several arms at once.
@@ -25,7 +25,7 @@ _SAID = {
 }
 
 
-def answer(findings: Findings) -> Iterator[Block]:
+def answer(findings: Findings) -> Iterator[Element]:
     """Answer, ranking, and verdicts at every budget against the reference and the best."""
     budgets, reference = findings.budgets, findings.recipe.rules.reference
     yield Paragraph(headline(findings), lead=True)
@@ -50,7 +50,7 @@ def answer(findings: Findings) -> Iterator[Block]:
         yield Bullets(verdicts or [f"{best} is the only arm with results."])
 
 
-def limits(findings: Findings) -> Iterator[Block]:
+def limits(findings: Findings) -> Iterator[Element]:
     """What the results do not show."""
     yield Heading("What can be concluded, and what cannot")
     yield Bullets([*findings.missing(), *_statistics(findings), *_tuning(findings), _scope(findings)])
@@ -94,7 +94,7 @@ def _sentences(findings: Findings) -> Iterator[str]:
         yield f"No arm that grows reaches the final bits per byte of {plain}."
 
 
-def _growing(findings: Findings) -> Iterator[Block]:
+def _growing(findings: Findings) -> Iterator[Element]:
     rows = []
     for budget in findings.budgets:
         best = findings.ranking(budget)[0]

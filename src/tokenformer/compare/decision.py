@@ -1,7 +1,7 @@
-"""When growing paid, and what a doubling of parameters was worth: the rule of `tokenformer.rule`, fitted and tested.
+"""When growing paid, and what a doubling of parameters was worth: the advice of `when_to_grow`, fitted and tested.
 
 Every arm that grows, beside the same first model trained on, is a choice at each budget beyond its first growth. The
-rule is fitted to all budgets but the largest, and tested on that.
+worth is fitted to all budgets but the largest, and the advice that it gives is tested on the largest.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from itertools import pairwise
 from transformers import AutoConfig
 
 from .. import cost
-from ..rule import WORTH_OF_PARAMETERS, Bargain, slope
+from ..when_to_grow import WORTH_OF_PARAMETERS, Bargain, slope
 from .findings import Findings
-from .page import Block, Heading, Paragraph, Table, scientific
+from .page import Element, Heading, Paragraph, Table, scientific
 from .results import Line
 from .statistics import Estimate, paired_difference
 
@@ -77,7 +77,7 @@ def right(several: Sequence[Choice], worth: float) -> int:
     return sum(choice.bargain.pays(worth) == (choice.gain.mean > 0) for choice in several)
 
 
-def decision(findings: Findings) -> Iterator[Block]:
+def decision(findings: Findings) -> Iterator[Element]:
     """Tabulate all choices; fit, and test on the largest budget."""
     every = choices(findings)
     if not every:
@@ -87,9 +87,9 @@ def decision(findings: Findings) -> Iterator[Block]:
     yield Heading("Grow now, or train on?")
     yield Paragraph(
         "At equal cost a grown model reads less text. Text given up and parameters gained (in the blocks' maps) are in "
-        "doublings, the slope in bits per byte per doubling of text, just before growing at constant learning rate. "
-        "Price: slope × text given up ÷ parameters gained, in bits per byte. The rule grows where the price is below "
-        "what a doubling of parameters is worth."
+        "doublings. The slope is in bits per byte per doubling of text, measured just before growing, at constant "
+        "learning rate. The price is slope × text given up ÷ parameters gained, in bits per byte. The advice is to "
+        "grow where the price is below what a doubling of parameters is worth."
     )
     worth = fitted_worth(earlier)
     if not earlier:

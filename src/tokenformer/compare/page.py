@@ -1,4 +1,4 @@
-"""A page of blocks, written as self-contained HTML and as Markdown. All text is data: nothing in it is markup."""
+"""A page of elements, written as self-contained HTML and as Markdown. All text is data: nothing in it is markup."""
 
 from __future__ import annotations
 
@@ -162,25 +162,25 @@ class Code:
         return "\n".join(f"    {line}" for line in self.text.splitlines())
 
 
-Block = Heading | Paragraph | Bullets | Table | Picture | Code
+Element = Heading | Paragraph | Bullets | Table | Picture | Code
 
 
-def html_page(title: str, blocks: Sequence[Block]) -> str:
+def html_page(title: str, elements: Sequence[Element]) -> str:
     """Write a whole page that needs nothing from elsewhere."""
-    sections = [b.text for b in blocks if isinstance(b, Heading) and b.level == 2]
+    sections = [e.text for e in elements if isinstance(e, Heading) and e.level == 2]
     nav = "".join(f'<a href="#{anchor(text)}">{escape(text)}</a> ' for text in sections)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
         f"<style>\n{_STYLE}\n</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n<nav>{nav}</nav>\n"
-        + "\n".join(block.html() for block in blocks)
+        + "\n".join(element.html() for element in elements)
         + "\n</body>\n</html>\n"
     )
 
 
-def markdown_page(title: str, blocks: Sequence[Block]) -> str:
+def markdown_page(title: str, elements: Sequence[Element]) -> str:
     """Write a whole page as Markdown (GitHub's tables)."""
-    return "\n\n".join([f"# {plain(title)}", *(block.markdown() for block in blocks)]) + "\n"
+    return "\n\n".join([f"# {plain(title)}", *(element.markdown() for element in elements)]) + "\n"
 
 
 def scientific(value: float) -> str:

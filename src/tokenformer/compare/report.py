@@ -13,7 +13,7 @@ from ..checkpoints.files import disk_errors
 from .conclusions import answer, counted, limits
 from .decision import decision
 from .findings import Findings
-from .page import Block, Bullets, Code, Heading, Picture, html_page, markdown_page
+from .page import Element, Bullets, Code, Heading, Picture, html_page, markdown_page
 from .pictures import draw_curves, draw_differences
 from .results import MAY_GAIN, Line
 from .tables import attention, equality, growths, results, savings
@@ -32,10 +32,10 @@ def write_report(lines: Sequence[Line], folder: Path) -> Path:
         CheckpointError: the disk refuses.
     """
     findings = Findings.of(lines)
-    title, blocks = findings.recipe.question, list(report(findings))
-    files = {f"{block.name}.png": block.png for block in blocks if isinstance(block, Picture)}
-    files["report.md"] = markdown_page(title, blocks).encode()
-    files["report.html"] = html_page(title, blocks).encode()
+    title, elements = findings.recipe.question, list(report(findings))
+    files = {f"{element.name}.png": element.png for element in elements if isinstance(element, Picture)}
+    files["report.md"] = markdown_page(title, elements).encode()
+    files["report.html"] = html_page(title, elements).encode()
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -45,7 +45,7 @@ def write_report(lines: Sequence[Line], folder: Path) -> Path:
     return folder / "report.html"
 
 
-def report(findings: Findings) -> Iterator[Block]:
+def report(findings: Findings) -> Iterator[Element]:
     """Say everything, in the order of what a reader wants to know."""
     yield from answer(findings)
     yield from limits(findings)
@@ -59,7 +59,7 @@ def report(findings: Findings) -> Iterator[Block]:
     yield from rules(findings)
 
 
-def figures(findings: Findings) -> Iterator[Block]:
+def figures(findings: Findings) -> Iterator[Element]:
     """Curves against each cost, and all differences at the largest budget."""
     last, recipe = findings.last, findings.recipe
     yield Heading("Bits per byte against cost")
@@ -82,7 +82,7 @@ def figures(findings: Findings) -> Iterator[Block]:
     yield Picture("report-seconds", "The same against seconds of training.", *draw_curves(findings, "seconds"))
 
 
-def rules(findings: Findings) -> Iterator[Block]:
+def rules(findings: Findings) -> Iterator[Element]:
     """The recipe as it stood before any run; when, where and with what."""
     first, last = findings.begun[0], findings.begun[-1]
     places = list(dict.fromkeys(map(_place, findings.begun)))

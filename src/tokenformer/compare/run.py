@@ -31,7 +31,7 @@ from ..errors import DataError, GrowthError, RecipeError, TokenformerError
 from ..growth.freeze import freeze_only
 from ..quiet import quiet_libraries
 from ..training.stage import unfinished
-from .arms import Run, Segment, final_runs, first_config, segments, tuning_runs
+from .arms import Run, Segment, final_runs, arm_config, segments, tuning_runs
 from .methods import grow_by
 from .recipe import CompareRecipe
 from .results import Line, Results
@@ -128,7 +128,7 @@ def rehearse(recipe: CompareRecipe, text: Text) -> None:
     sizes = {}
     for name, arm in recipe.arms.items():
         training = recipe.training_of(name)
-        config = first_config(arm, text.report, context=training.sequence_length, where=f"arms.{name}")
+        config = arm_config(arm, text.report, context=training.sequence_length, where=f"arms.{name}")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
             for i, stage in enumerate(arm.stages):

@@ -24,7 +24,7 @@ from ..training.log import Log, read_log
 from ..training.preparation import use_bfloat16
 from ..training.recipe import ModelSection, Recipe, Stage, TrainingSection
 from ..training.stage import StageRun
-from .arms import Segment, first_config
+from .arms import Segment, arm_config
 from .budgets import cost_per_step, flops_per_step, steps_within
 from .methods import grow_by
 from .results import Line
@@ -102,7 +102,7 @@ def train_segment(segment: Segment, parent: Line | None, text: Text, folder: Pat
 def first_model(segment: Segment, text: Text, training: TrainingSection) -> Any:
     """Make the model an arm begins with, of random weights."""
     arm = segment.recipe.arms[segment.arm]
-    config = first_config(arm, text.report, context=training.sequence_length, where=f"arms.{segment.arm}")
+    config = arm_config(arm, text.report, context=training.sequence_length, where=f"arms.{segment.arm}")
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from .. import cost
 from .findings import Contrast, Findings
-from .page import Block, Bullets, Heading, Paragraph, Picture, Table, scientific
+from .page import Element, Bullets, Heading, Paragraph, Picture, Table, scientific
 from .pictures import draw_attention
 from .results import Line
 from .statistics import crossing
@@ -16,7 +16,7 @@ from .statistics import crossing
 _CONTEXTS = [1024 * 2**i for i in range(8)]
 
 
-def results(findings: Findings) -> Iterator[Block]:
+def results(findings: Findings) -> Iterator[Element]:
     """Every number at every budget, largest first."""
     reference = findings.recipe.rules.reference
     yield Heading("All results")
@@ -56,7 +56,7 @@ def results(findings: Findings) -> Iterator[Block]:
         )
 
 
-def savings(findings: Findings) -> Iterator[Block]:
+def savings(findings: Findings) -> Iterator[Element]:
     """FLOPs to become as good as the reference and the best never-grown arm, and where curves cross."""
     reference, plain = findings.recipe.rules.reference, findings.best(findings.last, grown=False)
     targets = [arm for arm in dict.fromkeys([reference, plain]) if arm in findings.arms]
@@ -94,7 +94,7 @@ def savings(findings: Findings) -> Iterator[Block]:
     )
 
 
-def growths(findings: Findings) -> Iterator[Block]:
+def growths(findings: Findings) -> Iterator[Element]:
     """Loss just before and after each growth of the longest runs."""
     rows = [
         [arm, str(number), *_growth(several)]
@@ -110,7 +110,7 @@ def growths(findings: Findings) -> Iterator[Block]:
         yield Table(["arm", "growth", *head], rows)
 
 
-def attention(findings: Findings) -> Iterator[Block]:
+def attention(findings: Findings) -> Iterator[Element]:
     """What attention between text tokens costs at longer contexts, for each arm's last model."""
     alike: dict[tuple[tuple[int, float, float], ...], list[str]] = {}
     for arm in findings.arms:
@@ -138,7 +138,7 @@ def attention(findings: Findings) -> Iterator[Block]:
     )
 
 
-def equality(findings: Findings) -> Iterator[Block]:
+def equality(findings: Findings) -> Iterator[Element]:
     """What was equal, and what was not."""
     recipe, last, reference = findings.recipe, findings.last, findings.recipe.rules.reference
     missed = [

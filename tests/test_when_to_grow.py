@@ -1,4 +1,4 @@
-"""The rule "grow now, or train on": slopes, bargains, what is fitted from choices whose outcome is known, real logs."""
+"""The advice "grow now" or "train on": slopes, bargains, what is fitted from choices whose outcome is known, real logs."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenformer.compare.decision import Choice, choices, fitted_worth, lost_by, right
 from tokenformer.compare.findings import Findings
 from tokenformer.compare.statistics import Estimate
-from tokenformer.rule import WORTH_OF_PARAMETERS, Bargain, held_curve, slope
+from tokenformer.when_to_grow import WORTH_OF_PARAMETERS, Bargain, held_curve, slope
 
 
 def choice(price, gain):
