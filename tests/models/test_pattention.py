@@ -114,6 +114,38 @@ def test_gradients_reach_an_input_that_alone_needs_them():
         assert_near(fast, plain, 1e-12)
 
 
+@pytest.mark.parametrize("loss", [torch.sum, lambda y: y.square().sum()], ids=["linear", "square"])
+def test_second_derivatives_are_those_of_the_reference(loss):
+    """A gradient penalty; the linear loss's first derivative needs no gradient of the outputs."""
+    layer, x = layer_and_input(torch.float64, {"base": 24, "more": 8})
+    found = []
+    for fused in (True, False):
+        layer.fused, inputs = fused, x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(layer(inputs)), inputs, create_graph=True)
+        wanted = [inputs, *layer.parameters()]
+        found.append([gradient, *torch.autograd.grad(gradient.square().sum(), wanted)])
+    for fast, plain in zip(*found, strict=True):
+        assert plain.abs().max() > 0
+        assert_near(fast, plain, 1e-9)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("norm", ["l2_norm_gelu", "gelu_l2_norm"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_rows_of_any_size_give_the_outputs_of_their_direction(dtype, tolerance, norm, fused):
+    """The norm cancels the length of a row, whose square is beyond float32 from 1.8e19 on."""
+    layer, x = layer_and_input(dtype, norm_activation_type=norm)
+    exact, _ = layer_and_input(torch.float64, norm_activation_type=norm)
+    exact.load_state_dict(layer.state_dict())
+    for size in (1e10, 1e20, 1e25, 1e30):
+        huge = (x.double() * size).to(dtype)
+        assert_near(run(layer, huge, fused)[0], run(exact, huge.double(), False)[0].to(dtype), tolerance)
+        with torch.no_grad():
+            layer.fused = fused
+            assert_near(layer(huge), exact(huge.double()).to(dtype), tolerance)
+        assert all(gradient.isfinite().all() for gradient in run(layer, huge, fused))
+
+
 def test_autocast_runs_and_returns_its_dtype():
     layer, x = layer_and_input()
     with torch.autocast("cpu", torch.bfloat16):

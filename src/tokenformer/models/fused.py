@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Rows normalised at a time by the fused path on a CPU: few enough that a chunk stays in cache, enough that starting
 # the threads costs little. The same for any number of tokens, so that growing changes no bit.
@@ -25,7 +24,18 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def sum_of_squares(scores: Sequence[Tensor]) -> Tensor:
-    return add_up(torch.linalg.vector_norm(s, dim=-1, keepdim=True, dtype=norm_dtype(s.dtype)).square() for s in scores)
+    """Add the squares of a row's scores, `[*, 1]`; in float64, for in float32 they overflow from a norm of 1.8e19 on.
+
+    In compiled and exported graphs, and on devices without float64, they are float32 all the same.
+    """
+    narrow = scores[0].device.type == "mps" or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    dtype = norm_dtype(scores[0].dtype) if narrow else torch.float64
+    return add_up(torch.linalg.vector_norm(s, dim=-1, keepdim=True, dtype=dtype).square() for s in scores)
+
+
+def scale_of(squares: Tensor, tau: float, eps: float, dtype: torch.dtype) -> Tensor:
+    """Return what a row's scores are multiplied with: τ over their norm, `[*, 1]`, in `dtype`."""
+    return (torch.rsqrt(squares + eps) * tau).to(dtype)
 
 
 def sum_of_sizes(scores: Sequence[Tensor]) -> Tensor:
@@ -52,11 +62,11 @@ def token_weights(
     if norm_activation_type == "gelu":
         return [F.gelu(s) for s in scores]
     if norm_activation_type == "l2_norm_gelu":
-        scale = tau * torch.rsqrt(squares(scores) + eps)
+        scale = scale_of(squares(scores), tau, eps, norm_dtype(scores[0].dtype))
         return [F.gelu((s * scale).to(s.dtype)) for s in scores]
     if norm_activation_type == "gelu_l2_norm":
         activated = [F.gelu(s) for s in scores]
-        scale = tau * torch.rsqrt(squares(activated) + eps)
+        scale = scale_of(squares(activated), tau, eps, norm_dtype(scores[0].dtype))
         return [(a * scale).to(a.dtype) for a in activated]
     if norm_activation_type == "gelu_l1_norm":
         activated = [F.gelu(s) for s in scores]
@@ -70,7 +80,7 @@ def token_weights(
 def weigh_in_place(x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], tau: float, eps: float) -> Tensor:
     """l2_norm_gelu where nothing is kept for backward: one N-wide tensor a group, the same bits as in training."""
     scores = [F.linear(x, k) for k in keys]
-    scale = torch.rsqrt(sum_of_squares(scores) + eps) * tau
+    scale = scale_of(sum_of_squares(scores), tau, eps, norm_dtype(x.dtype))
     for s in scores:
         F.gelu(s.mul_(scale), out=s)  # type: ignore[call-arg]
     out = F.linear(scores[0], values[0])
@@ -83,7 +93,8 @@ class FusedPattention(torch.autograd.Function):
     """l2_norm_gelu keeping one N-wide activation for backward (the normalised scores) where autograd keeps four.
 
     With u = s·r, r = τ/√(Σs² + eps), w = gelu(u), g = ∂L/∂w ⊙ gelu'(u):  ∂L/∂s = r·(g − u·(Σ g·u)/τ²), the sum running
-    over the tokens of all groups.
+    over the tokens of all groups. Where a second derivative may be asked for (`create_graph=True`), autograd goes through
+    the equations as they read instead.
     """
 
     @staticmethod
@@ -95,22 +106,24 @@ class FusedPattention(torch.autograd.Function):
         scale = x_2d.new_empty(x_2d.shape[0], 1, dtype=norm_dtype(x.dtype))
         for rows in _row_chunks(x_2d):
             chunk = [s[rows] for s in scores]
-            r = torch.mul(torch.rsqrt(sum_of_squares(chunk) + eps), tau, out=scale[rows])
+            r = scale[rows].copy_(scale_of(sum_of_squares(chunk), tau, eps, scale.dtype))
             for s, w in zip(chunk, weights, strict=True):
                 F.gelu(s.mul_(r), out=w[rows])  # type: ignore[call-arg]
-        ctx.save_for_backward(x_2d, scale, *maps, *scores)
-        ctx.tau = tau
+        ctx.save_for_backward(x, scale, *maps, *scores)
+        ctx.tau, ctx.eps = tau, eps
         out = F.linear(weights[0], values[0])
         for w, v in zip(weights[1:], values[1:], strict=True):
             out += F.linear(w, v)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         n_maps = len(ctx.needs_input_grad) - 3
-        x, scale, *rest = ctx.saved_tensors
+        given, scale, *rest = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(ctx, given, rest[:n_maps], grad_out)
         keys, values, normed = rest[0:n_maps:2], rest[1:n_maps:2], rest[n_maps:]
+        x = given.reshape(-1, given.shape[-1])
         gy = grad_out.reshape(-1, grad_out.shape[-1])
         needs_x, needs_map = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         needs_scores = needs_x or any(needs_map[::2])
@@ -141,6 +154,20 @@ class FusedPattention(torch.autograd.Function):
             grad_maps.append(grads[i].t() @ x if needs_map[2 * i] else None)
             grad_maps.append(gy.t() @ w if w is not None else None)
         return grad_x, None, None, *grad_maps
+
+
+def _differentiable_gradients(
+    ctx: Any, x: Tensor, maps: Sequence[Tensor], grad_out: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return what backward returns, with a graph of its own."""
+    scores = [F.linear(x, k) for k in maps[::2]]
+    weights = token_weights(scores, tau=ctx.tau, norm_activation_type="l2_norm_gelu", eps=ctx.eps)
+    out = add_up(F.linear(w, v) for w, v in zip(weights, maps[1::2], strict=True))
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
+    wanted = [tensor for tensor, need in zip([x, *maps], needs, strict=True) if need]
+    found = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
+    grad_x, *grad_maps = [next(found) if need else None for need in needs]
+    return grad_x, None, None, *grad_maps
 
 
 def _row_chunks(x: Tensor) -> list[slice]:
