@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install lint test test-all demo benchmark compare compare-quick smollm2 continual ecosystem clean
+.PHONY: install lint test test-all docs demo benchmark compare compare-quick smollm2 continual ecosystem clean
 
 ECOSYSTEM := examples/ecosystem
 CHECKPOINT := runs/ecosystem/stage2
@@ -28,6 +28,10 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The documentation as a site, in site/; every warning is an error. NO_MKDOCS_2_WARNING turns off an advertisement.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 demo: install
 	$(BIN)/python examples/demo.py
@@ -94,4 +98,4 @@ $(GROWN): install
 	touch $@
 
 clean:
-	rm -rf .venv .venv-others .venv-vllm .venv-sglang runs build dist
+	rm -rf .venv .venv-others .venv-vllm .venv-sglang runs build dist site

@@ -75,6 +75,34 @@ def benchmarks() -> str:
     return "\n".join([*head, *newest.values()])
 
 
+def costs() -> str:
+    """Return what a reader of the README wants to know of the figures below: a row for each kind of cost."""
+    measured = {tuple(line["case"].values()): line for line in lines("layer") + lines("train_step")}
+
+    def ratio(name: str, **case: object) -> str:
+        (found,) = (line[name]["reached"] for line in measured.values() if case.items() <= line["case"].items())
+        return f"{found:.2f} ×"
+
+    float32 = {"dtype": "float32", "threads": 2}
+    layer = ratio("time fused/mlp", text_tokens=2048, width=768, param_tokens=3072, **float32)
+    steps = [ratio("train time/gpt_neox", what="train", family=f, **float32) for f in ("paper", "ffn")]
+    speeds = [ratio("decode speed/gpt_neox", what="decode", family=f, **float32) for f in ("paper", "ffn")]
+    grown = next(r for r in reversed(lines("rewrite")) if r["operation"] == "grow" and r["source_bytes"] > 1e9)
+    seconds, memory = statistics.median(grown["seconds"]), grown["peak"] / 1e9
+    rows = [
+        "| what | beside what | cost |",
+        "|---|---|--:|",
+        f"| a `Pattention` with 3,072 parameter tokens, both passes | a GELU MLP of that size | {layer} the time |",
+        f"| a training step, parameter tokens everywhere | a GPT-NeoX of that size | {steps[0]} the time |",
+        f"| a training step, parameter tokens in the feed-forward | the same | {steps[1]} the time |",
+        f"| decoding, parameter tokens everywhere | the same | {speeds[0]} the speed |",
+        f"| decoding, parameter tokens in the feed-forward | the same | {speeds[1]} the speed |",
+        f"| growing a checkpoint of 1.5B parameters on disk | copying its files "
+        f"| {grown['ratio']:.2f} × the time: {seconds:.0f} s, {memory:.2f} GB of memory |",
+    ]
+    return "\n".join(rows)
+
+
 def ecosystem() -> str:
     """Return a row per tool: its newest outcome."""
     newest = {line["tool"]: line for line in lines("ecosystem")}
@@ -133,12 +161,6 @@ def rewriting() -> str:
     return "\n".join(rows)
 
 
-def answer() -> str:
-    """Return what the comparisons that ask about growth found, without their tables."""
-    names = ("seeds-stdlib", "seeds-prose", "when")
-    return "\n\n".join(compare.summary(name).split("\n\n")[1].replace("](../", "](") for name in names)
-
-
 def comparisons() -> str:
     """Return the answers of all comparisons that there are results of."""
     there = [name for name in compare.NAMES if (compare.RESULTS / name / "results.jsonl").exists()]
@@ -151,10 +173,11 @@ def advice() -> str:
 
 
 PAGES: dict[str, tuple[Callable[[], str], ...]] = {
-    "README.md": (demo, answer, benchmarks),
+    "README.md": (costs,),
     "docs/compare.md": (advice, comparisons),
     "docs/ecosystem.md": (ecosystem, convert),
-    "docs/token-groups.md": (rewriting, merging, smollm2_results, continual_results, routing),
+    "docs/results/knowledge.md": (merging, smollm2_results, continual_results, routing),
+    "docs/results/speed.md": (demo, benchmarks, rewriting),
 }
 
 

