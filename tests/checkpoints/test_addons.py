@@ -107,6 +107,8 @@ def test_addons_belong_to_one_parent(family):
         split_checkpoint(source, "a", folder / "z.pt")
     with pytest.raises(CheckpointError, match="exists already; choose another name, or --force"):
         split_checkpoint(source, "a", addon)
+    with pytest.raises(CheckpointError, match="parent is a checkpoint, and some tools load every"):
+        split_checkpoint(source, "a", folder / "parent" / "a.safetensors")
     grow(models["a"], num_hidden_layers="+1", name="deep")
     save_checkpoint(folder / "deep", models["a"], None, Lineage())
     with pytest.raises(GrowthError, match="'deep' came with blocks of its own, which an add-on cannot carry"):

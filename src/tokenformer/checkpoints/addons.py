@@ -19,7 +19,7 @@ from ..growth.groups import is_normalised, merge_operation
 from ..growth.neurons import group_neurons
 from ..growth.operations import Operation, apply
 from ..growth.state import State, check_finite, content_digest, read_map, read_own, tensors_digest
-from .files import disk_errors
+from .files import check_file, replacing_file
 from .rewrite import StoredTensors
 
 _KEY = "tokenformer_addon"
@@ -59,7 +59,8 @@ def split(model: Any, group: str, output: str | Path, *, force: bool = False) ->
 
     Raises:
         GrowthError: no such group, or one that came with blocks.
-        CheckpointError: the file exists and not `force`, or cannot be written; or weights are not finite.
+        CheckpointError: the file exists and not `force`, lies in a checkpoint's folder or cannot be written; or weights
+            are not finite.
     """
     group_neurons(model)
     return split_state(model.config, model.state_dict(), group, output, force=force)
@@ -70,8 +71,11 @@ def split_state(config: Any, state: State, group: str, output: str | Path, *, fo
     file = Path(output)
     if file.suffix != ".safetensors":
         raise CheckpointError(f"{file} should be called *.safetensors: it holds tensors, and loading it runs no code")
-    if file.is_dir() or (file.exists() and not force):
-        raise CheckpointError(f"{file} exists already; choose another name, or --force to replace it")
+    check_file(file, force=force)
+    if (file.parent / "config.json").exists():
+        raise CheckpointError(
+            f"{file.parent} is a checkpoint, and some tools load every *.safetensors in its folder; name a file elsewhere"
+        )
     check_known(config, [group])
     listed = {entry["name"]: entry for entry in token_groups(config)}
     if listed[group].get("blocks"):
@@ -90,14 +94,8 @@ def split_state(config: Any, state: State, group: str, output: str | Path, *, fo
     parent, own_digest = content_digest(config, state, others), tensors_digest(tensors)
     norm = config.token_group_norm if is_normalised(config) else None
     addon = Addon(listed[group], config.model_type, taus, norm, others, parent, own_digest)
-    temporary = file.with_name(f".{file.name}.tmp")
-    with disk_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(tensors, temporary, metadata={"format": "pt", _KEY: json.dumps(vars(addon))})
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with replacing_file(file, force=force) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", _KEY: json.dumps(vars(addon))})
     return file
 
 

@@ -28,7 +28,7 @@ from ..growth.freeze import freeze
 from ..growth.neurons import group_neurons
 from ..growth.select import take
 from .card import model_card
-from .files import add_file, files_digest, recover, replacing, sync
+from .files import add_file, files_digest, recover, replacing_folder, sync
 from .lineage import Lineage
 
 LINEAGE_FILE = "lineage.json"
@@ -67,7 +67,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: `path` exists and not `force`, or it cannot be written (full disk, no permission).
     """
-    with replacing(Path(path), force=force) as folder:
+    with replacing_folder(Path(path), force=force) as folder:
         if weights is None:
             model.save_pretrained(folder)
             digest = weights_digest(folder)

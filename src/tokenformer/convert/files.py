@@ -23,10 +23,10 @@ from ..checkpoints.checkpoint import (
     verify_checkpoint,
     weight_files,
 )
-from ..checkpoints.files import check_target, disk_errors, files_digest
+from ..checkpoints.files import check_file, check_target, files_digest, replacing_file
 from ..checkpoints.lineage import Lineage
 from ..data.tokenizer import open_tokenizer
-from ..errors import CheckpointError, ConversionError, first_line
+from ..errors import ConversionError, first_line
 from ..models.modeling_tokenformer import TokenformerForCausalLM
 from .official import (
     canonical_name,
@@ -142,21 +142,11 @@ def convert_to_official(checkpoint: str | Path, output: str | Path, *, force: bo
     check_expressible(config)
     described = file.with_suffix(".yml")
     for target in (file, described):
-        if target.is_dir() or (target.exists() and not force):
-            raise CheckpointError(f"{target} exists already; choose another name, or --force to replace it")
+        check_file(target, force=force)
     state = state_to_official(config, _read_ours(Path(checkpoint)))
-    with disk_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        for target, write in (
-            (described, lambda path: path.write_text(yaml.safe_dump(fields_to_official(config), sort_keys=False))),
-            (file, lambda path: torch.save(state, path)),
-        ):
-            temporary = target.with_name(f".{target.name}.tmp")
-            try:
-                write(temporary)
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
+    with replacing_file(described, force=force) as fields, replacing_file(file, force=force) as tensors:
+        fields.write_text(yaml.safe_dump(fields_to_official(config), sort_keys=False), encoding="utf-8")
+        torch.save(state, tensors)
     return described
 
 
