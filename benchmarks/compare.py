@@ -102,7 +102,8 @@ def summary(name: str) -> str:
 def advice() -> str:
     """Return how the advice "grow now" or "train on" does, where it was fitted and where it was not, as Markdown."""
     rows = [
-        "| choices of | how many | growing paid | advice right | lost by following it | by always growing | by never growing |",
+        "| choices of | how many | growing paid | advice right | lost by following it | by always growing "
+        "| by never growing |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     fitted, tested = fitting()

@@ -1,4 +1,4 @@
-"""The advice "grow now" or "train on": slopes, bargains, what is fitted from choices whose outcome is known, real logs."""
+"""The advice "grow now" or "train on": slopes, bargains, what is fitted from choices with known outcomes, real logs."""
 
 import math
 from pathlib import Path

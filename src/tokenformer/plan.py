@@ -18,10 +18,10 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from . import cost
-from .when_to_grow import WORTH_OF_PARAMETERS, Bargain, held_curve, slope
 from .sections import Section, read_sections
 from .training.log import read_log
 from .training.recipe import model_config
+from .when_to_grow import WORTH_OF_PARAMETERS, Bargain, held_curve, slope
 
 
 class Device(NamedTuple):

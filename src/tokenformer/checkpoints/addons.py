@@ -74,7 +74,8 @@ def split_state(config: Any, state: State, group: str, output: str | Path, *, fo
     check_file(file, force=force)
     if (file.parent / "config.json").exists():
         raise CheckpointError(
-            f"{file.parent} is a checkpoint, and some tools load every *.safetensors in its folder; name a file elsewhere"
+            f"{file.parent} is a checkpoint, and some tools load every *.safetensors in its folder; "
+            "name a file elsewhere"
         )
     check_known(config, [group])
     listed = {entry["name"]: entry for entry in token_groups(config)}

@@ -7,7 +7,7 @@ from statistics import median
 
 from .arms import segments, tuning_runs
 from .findings import Contrast, Findings
-from .page import Element, Bullets, Heading, Paragraph, Table
+from .page import Bullets, Element, Heading, Paragraph, Table
 from .recipe import CompareRecipe
 
 # Kinds of verdict in the order they are told, and how they are said of several arms at once.

@@ -13,7 +13,7 @@ from ..checkpoints.files import disk_errors
 from .conclusions import answer, counted, limits
 from .decision import decision
 from .findings import Findings
-from .page import Element, Bullets, Code, Heading, Picture, html_page, markdown_page
+from .page import Bullets, Code, Element, Heading, Picture, html_page, markdown_page
 from .pictures import draw_curves, draw_differences
 from .results import MAY_GAIN, Line
 from .tables import attention, equality, growths, results, savings

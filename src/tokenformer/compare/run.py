@@ -31,7 +31,7 @@ from ..errors import DataError, GrowthError, RecipeError, TokenformerError
 from ..growth.freeze import freeze_only
 from ..quiet import quiet_libraries
 from ..training.stage import unfinished
-from .arms import Run, Segment, final_runs, arm_config, segments, tuning_runs
+from .arms import Run, Segment, arm_config, final_runs, segments, tuning_runs
 from .methods import grow_by
 from .recipe import CompareRecipe
 from .results import Line, Results

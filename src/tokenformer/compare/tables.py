@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from .. import cost
 from .findings import Contrast, Findings
-from .page import Element, Bullets, Heading, Paragraph, Picture, Table, scientific
+from .page import Bullets, Element, Heading, Paragraph, Picture, Table, scientific
 from .pictures import draw_attention
 from .results import Line
 from .statistics import crossing

@@ -93,8 +93,8 @@ class FusedPattention(torch.autograd.Function):
     """l2_norm_gelu keeping one N-wide activation for backward (the normalised scores) where autograd keeps four.
 
     With u = s·r, r = τ/√(Σs² + eps), w = gelu(u), g = ∂L/∂w ⊙ gelu'(u):  ∂L/∂s = r·(g − u·(Σ g·u)/τ²), the sum running
-    over the tokens of all groups. Where a second derivative may be asked for (`create_graph=True`), autograd goes through
-    the equations as they read instead.
+    over the tokens of all groups. Where a second derivative may be asked for (`create_graph=True`), autograd goes
+    through the equations as they read instead.
     """
 
     @staticmethod
