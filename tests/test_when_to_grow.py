@@ -1,4 +1,4 @@
-"""The advice "grow now" or "train on": slopes, bargains, what is fitted from choices with known outcomes, real logs."""
+"""The advice "grow now" or "train on": slopes, bargains, what is fitted to choices of known outcome, real logs."""
 
 import math
 from pathlib import Path

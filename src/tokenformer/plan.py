@@ -317,7 +317,7 @@ def conclusions(plan: Plan) -> list[str]:
             f"{_compared('Text tokens', grown.total_text_tokens, scratch.total_text_tokens)}; "
             f"{_compared('parameters', grown.parameters, scratch.parameters)}.",
             f"For the FLOPs of growing, {scratch.label} could read {_short(affordable)} text tokens.",
-            "Which is then better no plan can say: `tokenformer compare` measures it.",
+            "A plan cannot say which of them is better then; `tokenformer compare` measures it.",
         ]
     if plan.grown[0].run and len(plan.grown) > 1:
         said.append(_advice(plan))
@@ -334,19 +334,20 @@ def _advice(plan: Plan) -> str:
     bargain, run = plan.bargain(), plan.grown[0].run
     if bargain is None:
         return (
-            f"Whether to grow now cannot be told: the evaluations of {run} at its full learning rate do not span its "
-            "last doubling of text. Train with schedule constant or wsd, and larger evaluations_per_stage."
+            f"It cannot be told whether to grow now: the evaluations of {run} at its full learning rate do not span "
+            "its last doubling of text. Train with schedule constant or wsd, and larger evaluations_per_stage."
         )
     if bargain.slope <= 0:
-        return f"Whether to grow now cannot be told: {run} gained nothing in its last doubling of text."
+        return f"It cannot be told whether to grow now: {run} gained nothing in its last doubling of text."
     first, second = plan.grown_costs[:2]
     soon = second.training_flops < first.training_flops
     return (
         f"{'Grow now' if bargain.pays() else 'Train on'}: {run} gains {bargain.slope:.3f} bits per byte "
         f"in a doubling of its text. For the same FLOPs, growing to {plan.grown_costs[1].label} gives up "
-        f"{bargain.text:.2f} doublings of text for {bargain.parameters:.2f} of parameters, {bargain.price:.4f} bits "
-        f"per byte for one; in this project's comparison one was worth {WORTH_OF_PARAMETERS} (docs/compare.md says how "
-        f"far to trust that{'; it never tried so short a stage after growing' if soon else ''})."
+        f"{bargain.text:.2f} doublings of text for {bargain.parameters:.2f} doublings of parameters, at "
+        f"{bargain.price:.4f} bits per byte for each. In this project's comparisons each was worth "
+        f"{WORTH_OF_PARAMETERS} (docs/compare.md says how far to trust that"
+        f"{'; none of them tried so short a stage after growing' if soon else ''})."
     )
 
 

@@ -33,10 +33,14 @@ def content(tmp_path_factory):
     ("changes", "message"),
     [
         ({"budgets": [2560, 1280]}, "smallest first"),
+        ({"budgets": [1280, 1280]}, r"budgets are \[1280.0, 1280.0\]; write each of them once"),
+        ({"learning_rates": [1e-3, 1e-3]}, r"learning_rates are \[0.001, 0.001\]; write each of them once"),
+        ({"seeds": [0, 1, 0]}, r"seeds are \[0, 1, 0\]; write each of them once"),
         ({"tuning_budget": 5}, r"tuning_budget is 5; it must be one of the budgets"),
         ({"rules": {"reference": "large"}}, "rules.reference is 'large'; the arms are small, widened"),
         ({"rules": {"reference": "small", "treshold": 1}}, "did you mean 'threshold'"),
-        ({"arms": {"small": {"model": SMALL, "stages": [{"at": 9999}]}}}, "lie below 2560"),
+        ({"arms": {"small": {"model": SMALL, "stages": [{"at": 9999}]}}}, "lie below 2048, where the learning rate"),
+        ({"arms": {"small": {"model": SMALL, "stages": [{"at": 2048}]}}}, "lie below 2048"),
         (
             {"arms": {"small": {"model": SMALL, "stages": [{"at": 9, "method": "magic"}]}}},
             "called 'magic'; there are exact",
@@ -151,6 +155,18 @@ def test_budgets_share_a_trunk_and_arms_a_beginning(content):
     theirs = segments(twin, Run("twin", 0, 1e-3, 2560))
     assert theirs[0].id == long[0].id and theirs[1].id != long[1].id
     assert segments(recipe, Run("widened", 1, 1e-3, 2560))[0].id != long[0].id
+
+
+@pytest.mark.parametrize(("decay", "end"), [(0.2, 1024), (0.7, 384)])
+def test_a_run_that_decays_where_its_arm_would_grow_ends_ungrown(content, decay, end):
+    """Growth never falls into the decay, rounding errors or not: 1280 · (1 − 0.7) is 384.00000000000006 here."""
+    stages = [{"at": end, "ffn_param_tokens": 64}]
+    training = {**content["training"], "decay": decay}
+    recipe = parsed(content, training=training, arms={"small": {"model": SMALL, "stages": stages}})
+    short, long = (segments(recipe, Run("small", 0, 1e-3, budget)) for budget in recipe.budgets)
+    assert [(s.end, s.growth is not None) for s in short] == [(end, False), (1280, False)]
+    assert [(s.end, s.growth is not None) for s in long] == [(end, False), (2 * end, True), (2560, False)]
+    assert short[0].id == long[0].id
 
 
 def test_a_whole_run_warms_up_holds_and_decays(content):

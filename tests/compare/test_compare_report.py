@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenformer import cost
+from tokenformer.compare.chart import interactive_curves
 from tokenformer.compare.findings import Findings
 from tokenformer.compare.page import Code, Paragraph, Table, html_page, markdown_page, scientific
 from tokenformer.compare.pictures import _spread
@@ -44,6 +45,7 @@ ARMS = {
     "ffn grown exactly": ("ffn", 4, "exact", 2.12, 0.190),
     "ffn grown, old tokens frozen": ("ffn", 4, "exact", 2.16, 0.175),
 }
+GPT2_DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 BUDGETS = [2e11, 4e11, 8e11, 1.6e12]
 GROWTH = [1e11, 3e11]
 
@@ -143,16 +145,17 @@ THREE = (SCRATCH, TRAINED_ON, WIDENED)
 
 
 class Page(HTMLParser):
-    """Tags that are open, text, and every address."""
+    """Tags that are open, text outside of scripts, scripts, every address, and the order in which things stand."""
 
     def __init__(self, html):
         super().__init__()
-        self.open, self.text, self.addresses, self.ids = [], [], [], []
+        self.open, self.text, self.scripts, self.addresses, self.ids, self.order = [], [], [], [], [], []
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
         if tag not in ("meta", "img"):
             self.open.append(tag)
+        self.order.append(tag)
         for name, value in attributes:
             self.addresses += [value] if name in ("href", "src") else []
             self.ids += [value] if name == "id" else []
@@ -161,7 +164,13 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text.append(data)
+        (self.scripts if self.open and self.open[-1] == "script" else self.text).append(data)
+
+
+def traces_of(page):
+    """What the chart of a page is told to draw."""
+    script = page.scripts[-1]
+    return json.JSONDecoder().raw_decode(script[script.index("[", script.index("Plotly.newPlot(")) :])[0]
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +195,34 @@ def test_page_is_whole_and_needs_nothing_from_elsewhere(written):
     links = {address for address in page.addresses if address.startswith("#")}
     assert {link[1:] for link in links} <= set(page.ids)
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses if address not in links)
-    assert not re.search(r"@import|url\(|<script|<link", html)
+    assert "link" not in page.order
+    assert not re.search(r"@import|url\(", "".join(page.text))
+
+
+def test_page_opens_with_picture_table_paragraph_and_folds_long_lists(written):
+    order = Page((written / "report.html").read_text()).order
+    places = [order.index(tag) for tag in ("h1", "figure", "table", "p", "nav", "h2", "details")]
+    assert places == sorted(places)
+    html = (written / "report.html").read_text()
+    for summary in ("All arms at", "Results at", "The whole recipe", "Bits per byte against seconds of training"):
+        assert f"<details><summary>{summary}" in html
+
+
+def test_the_charts_data_are_those_of_the_results():
+    findings = Findings.of(comparison(THREE))
+    traces = traces_of(Page(interactive_curves(findings)))
+    curves = {trace["legendgroup"]: trace for trace in traces if trace["mode"] == "lines+markers"}
+    assert list(curves) == findings.by_rank()
+    for arm, trace in curves.items():
+        assert list(zip(trace["x"], trace["y"], strict=True)) == findings.curve(arm)
+        assert all(
+            re.match(rf"<b>{arm}</b><br>{bits:.4f} ± 0\.\d{{4}} bits per byte<br>.* training FLOPs<br>", text)
+            for bits, text in zip(trace["y"], trace["text"], strict=True)
+        )
+    assert [curves[arm]["line"]["dash"] for arm in THREE] == ["dash", "dash", "solid"]
+    [grown] = [trace for trace in traces if trace["mode"] == "markers"]
+    assert (grown["legendgroup"], grown["x"]) == (WIDENED, GROWTH)
+    assert "grows by exact after 3·10¹¹ training FLOPs:<br>120,000 → 240,000 parameters" in grown["text"][1]
 
 
 def test_markdown_names_pictures_that_are_there(written):
@@ -208,7 +244,7 @@ def test_same_lines_give_the_same_bytes(tmp_path):
 
 def test_answers_in_words(written):
     text = (written / "report.md").read_text()
-    assert "the largest budget, ffn grown exactly, which grows, comes out best of 16 arms" in text
+    assert "the largest budget, ffn grown exactly, which grows, is the best of 16 arms" in text
     assert re.search(r"ffn grown exactly is better than gpt-neox scratch by 0\.\d{4} ± 0\.\d{4} bits per byte", text)
     assert "The learning rate lies at the end of the grid, 0.004, for gpt-neox scratch: a larger one" in text
     assert "before these arms had grown for the last time: gpt-neox hyperclone, gpt-neox stack, gpt-neox random" in text
@@ -267,7 +303,7 @@ def test_attention_is_what_cost_says(written):
     assert row.split(" | ")[3] == f"{scientific(part)} ({share:.0%})"
 
 
-def test_an_interrupted_comparison_says_what_lacks(tmp_path, unrendered):
+def test_an_interrupted_comparison_says_what_is_missing(tmp_path, unrendered):
     lines = comparison(THREE)
     lines = [
         line
@@ -276,22 +312,22 @@ def test_an_interrupted_comparison_says_what_lacks(tmp_path, unrendered):
         and not (line.get("purpose") == "final" and line["arm"] == SCRATCH and line["seed"] == 2)
     ]
     text = write_report(lines, tmp_path).with_suffix(".md").read_text()
-    assert "Not all runs are there:" in text
+    assert "Some runs are missing or diverged; they are listed below." in text
     assert f"At 4·10¹¹ training FLOPs, the largest budget that all arms have reached, {WIDENED}" in text
-    assert f"{WIDENED} lacks 6 of 12 runs (8·10¹¹: seeds 0, 1, 2; 1.6·10¹²: seeds 0, 1, 2)." in text
-    assert f"{SCRATCH} lacks 4 of 12 runs (2·10¹¹: seed 2;" in text
+    assert f"6 of the 12 runs of {WIDENED} are missing (8·10¹¹: seeds 0, 1, 2; 1.6·10¹²: seeds 0, 1, 2)." in text
+    assert f"4 of the 12 runs of {SCRATCH} are missing (2·10¹¹: seed 2;" in text
 
 
 @pytest.mark.parametrize("kept", [(SCRATCH,), (WIDENED,), (TRAINED_ON, WIDENED)])
 def test_arms_that_have_not_begun_are_no_obstacle(tmp_path, unrendered, kept):
     lines = [line for line in comparison(THREE, budgets=BUDGETS[:1]) if line.get("arm", kept[0]) in kept]
     text = write_report(lines, tmp_path).with_suffix(".md").read_text()
-    assert all(f"{arm} lacks 12 of 12 runs" in text for arm in THREE if arm not in kept)
+    assert all(f"12 of the 12 runs of {arm} are missing" in text for arm in THREE if arm not in kept)
 
 
 def test_one_seed_gives_no_intervals(tmp_path, unrendered):
     text = write_report(comparison(THREE, seeds=(0,)), tmp_path).with_suffix(".md").read_text()
-    assert "one seed: no interval" in text
+    assert "with one seed there is no interval" in text
     assert "no difference here can be told from chance" in text
     assert "±" not in text
 
@@ -303,8 +339,38 @@ def test_divergence_is_told(tmp_path, unrendered, nothing):
     line["bits_per_byte"] = nothing
     text = write_report(lines, tmp_path).with_suffix(".md").read_text()
     assert f"{WIDENED} diverged with seed 0 and budget 2·10¹¹" in text
-    assert f"{WIDENED} lacks" not in text
+    assert f"runs of {WIDENED} are missing" not in text
     assert "nan" not in text
+
+
+@pytest.mark.parametrize(("changes", "told"), [({}, "attn_pdrop 0.1"), (dict.fromkeys(GPT2_DROPOUT, 0.0), None)])
+def test_arms_that_train_with_dropout_are_named(tmp_path, unrendered, changes, told):
+    """GPT-2 and OPT do unless told otherwise; what is meant for heads that no language model has is left out."""
+    lines = comparison(THREE[:2], budgets=BUDGETS[:1])
+    for line in lines:
+        if line.get("arm") == SCRATCH:
+            line["config"] = {
+                "model_type": "gpt2",
+                "n_embd": 16,
+                "n_layer": 1,
+                "n_head": 2,
+                "vocab_size": 259,
+                **changes,
+            }
+    text = write_report(lines, tmp_path).with_suffix(".md").read_text()
+    assert ("train with dropout" in text) == bool(told)
+    assert told is None or f"{SCRATCH} (resid_pdrop 0.1, embd_pdrop 0.1, {told})." in text
+
+
+@pytest.mark.parametrize("text_tokens", [1_200_000, 4_800_000])
+def test_little_text_for_each_parameter_is_called_a_first_look(tmp_path, unrendered, text_tokens):
+    lines = [
+        {**line, "text_tokens": text_tokens, "parameters": 240_000} if line["event"] == "run" else line
+        for line in comparison(THREE[:2], budgets=BUDGETS[:1])
+    ]
+    text = write_report(lines, tmp_path).with_suffix(".md").read_text()
+    assert ("first look: the arms read 5 text tokens a parameter" in text) == (text_tokens < 20 * 240_000)
+    assert ("first look" in text) == (text_tokens < 20 * 240_000)
 
 
 def test_what_was_added_and_where_is_told(tmp_path, unrendered):
@@ -314,7 +380,7 @@ def test_what_was_added_and_where_is_told(tmp_path, unrendered):
     assert f"Added 2026-02-03: arms {WIDENED}." in text
     assert "Machine: cpu a CPU; 1 thread a run; torch 2.13." in text
     assert "Machine: cpu another;" in text
-    assert "Seconds of different machines do not compare." in text
+    assert "Seconds of different machines cannot be compared." in text
 
 
 def test_text_is_never_markup(tmp_path):
@@ -324,7 +390,10 @@ def test_text_is_never_markup(tmp_path):
     page = Page(path.read_text())
     assert page.open == []
     assert evil in "".join(page.text)
-    assert "<script" not in path.read_text()
+    assert page.order.count("script") == 3  # plotly's settings, plotly, and the chart
+    assert "<script>alert" not in "".join(page.scripts)
+    told = [text for trace in traces_of(page) for text in (trace["name"], *trace["text"]) if "alert" in text]
+    assert len(told) > 2 and all("&lt;script&gt;alert(1)&lt;/script&gt;" in text for text in told)
     assert "\\<script>alert(1)\\</script> \\| $x$ \\`\\*\\`" in path.with_suffix(".md").read_text()
 
 

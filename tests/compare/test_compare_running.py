@@ -175,7 +175,7 @@ def test_torchrun_hands_out_the_arms_and_one_report_takes_them_all(finished, con
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     lines = read_results(tmp_path / "out" / "results.jsonl")
     assert {timeless(line) for line in lines[1:]} == {timeless(line) for line in finished[1][1:]}
-    assert "lacks" not in write_report(lines, tmp_path / "report").read_text()
+    assert "are missing" not in write_report(lines, tmp_path / "report").read_text()
 
 
 @pytest.mark.parametrize(

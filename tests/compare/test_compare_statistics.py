@@ -119,13 +119,13 @@ def test_holm_keeps_false_findings_rare():
     [
         (-0.03, 0.004, 0.001, "better", "A is better than B by 0.0300 ± 0.0040 bits per byte"),
         (0.03, 0.004, 0.001, "worse", "A is worse than B by 0.0300 ± 0.0040 bits per byte"),
-        (-0.012, 0.004, 0.01, "better", "A is better than B by 0.0120 ± 0.0040 bits per byte, perhaps by less than"),
+        (-0.012, 0.004, 0.01, "better", "A is better than B by 0.0120 ± 0.0040 bits per byte, which may be less than"),
         (-0.005, 0.004, 0.01, "slightly better", "bits per byte, but by less than the 0.01 that matters"),
-        (0.002, 0.004, 0.3, "equivalent", "as large as 0.01 between A and B (equivalent): +0.0020 ± 0.0040"),
-        (0.002, 0.04, 0.8, "cannot tell", "cannot tell A from B: +0.0020 ± 0.0400 bits per byte; that may be none or"),
-        (-0.03, 0.02, 0.2, "perhaps better", "A is perhaps better than B, −0.0300 ± 0.0200 bits per byte: alone it"),
+        (0.002, 0.004, 0.3, "equivalent", "A and B differ by less than the 0.01 that matters: by +0.0020 ± 0.0040"),
+        (0.002, 0.04, 0.8, "cannot tell", "differ by +0.0020 ± 0.0400 bits per byte, which may be nothing"),
+        (-0.03, 0.02, 0.2, "perhaps better", "better than B, by 0.0300 ± 0.0200 bits per byte: not significant"),
         (0.0, 0.0, 1.0, "same", "equal to the last bit with every seed"),
-        (-0.03, None, None, "no interval", "one seed: no interval; A came out better than B by 0.0300 bits per byte"),
+        (-0.03, None, None, "no interval", "there is no interval; A came out better than B by 0.0300 bits per byte"),
     ],
 )  # fmt: skip
 def test_verdicts(mean, half_width, p, kind, sentence):

@@ -91,18 +91,15 @@ class Segment:
 
 
 def segments(recipe: CompareRecipe, run: Run) -> list[Segment]:
-    """Cut a run into its segments, in order; `at` points beyond the end of its trunk are not reached."""
-    arm, training = recipe.arms[run.arm], recipe.training_of(run.arm)
-    growths = {stage.at: stage for stage in arm.stages}
-    decay = training.decay if training.schedule == "wsd" else 0.0
-    trunk_end = run.budget * (1 - decay)
-    cuts = {at for at in growths if at < trunk_end}
-    if training.schedule != "cosine":
-        cuts |= {end for budget in recipe.budgets if (end := budget * (1 - decay)) < trunk_end}
-    bounds: list[tuple[float, Phase]] = [(cut, "hold") for cut in [*sorted(cuts), trunk_end]]
-    if training.schedule == "cosine":
-        bounds = [(cut, "cosine") for cut, _ in bounds]
-    elif decay:
+    """Cut a run into its segments, in order. It grows only before the end of its trunk: not at its end, nor later."""
+    schedule, trunk_end = recipe.training_of(run.arm).schedule, recipe.trunk_end(run.arm, run.budget)
+    growths = {stage.at: stage for stage in recipe.arms[run.arm].stages if stage.at < trunk_end}
+    cuts = set(growths)
+    if schedule != "cosine":
+        cuts |= {end for budget in recipe.budgets if (end := recipe.trunk_end(run.arm, budget)) < trunk_end}
+    phase: Phase = "cosine" if schedule == "cosine" else "hold"
+    bounds: list[tuple[float, Phase]] = [(cut, phase) for cut in [*sorted(cuts), trunk_end]]
+    if trunk_end < run.budget:
         bounds.append((run.budget, "fall"))
     found: list[Segment] = []
     frozen: tuple[str, ...] = ()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from statistics import median
 
+from transformers import AutoConfig
+
 from .arms import segments, tuning_runs
 from .findings import Contrast, Findings
-from .page import Bullets, Element, Heading, Paragraph, Table
+from .page import Bullets, Element, Folded, Heading, Paragraph, Table, scientific
 from .recipe import CompareRecipe
 
 # Kinds of verdict in the order they are told, and how they are said of several arms at once.
@@ -16,44 +18,74 @@ _SAID = {
     "slightly better": "Better than {0}, but by less than matters",
     "equivalent": "No difference to {0} that matters",
     "same": "The same as {0} to the last bit",
-    "perhaps better": "Perhaps better than {0}: alone it would count, as one of several comparisons it does not",
+    "perhaps better": "Perhaps better than {0}, but not significant after Holm's correction",
     "cannot tell": "Cannot be told from {0}",
-    "perhaps worse": "Perhaps worse than {0}: alone it would count, as one of several comparisons it does not",
+    "perhaps worse": "Perhaps worse than {0}, but not significant after Holm's correction",
     "slightly worse": "Worse than {0}, but by less than matters",
     "worse": "Worse than {0}",
     "no interval": "Fewer than two seeds in common with {0}, so no interval",
 }
+# Dropout of heads that a language model does not have.
+_HEADS = ("classifier_dropout", "summary_first_dropout")
+# Text tokens a parameter from which on a claim about quality is more than a first look (docs/compare.md says why).
+_ENOUGH_TEXT = 20
 
 
 def answer(findings: Findings) -> Iterator[Element]:
-    """Answer, ranking, and verdicts at every budget against the reference and the best."""
-    budgets, reference = findings.budgets, findings.recipe.rules.reference
-    yield Paragraph(headline(findings), lead=True)
-    yield Heading("Ranking")
-    yield Paragraph("Bits per byte on held-out documents, mean over seeds, and the rank; less is better.")
-    ranks = {budget: findings.ranking(budget) for budget in budgets}
+    """Rank all arms at the budget that decides, and say what that shows."""
+    last, reference = findings.last, findings.recipe.rules.reference
+    others = [budget for budget in reversed(findings.budgets) if budget != last]
+    against = findings.contrasts(last, reference)
     yield Table(
-        ["arm", *map(findings.at, budgets)],
-        [[arm, *(_ranked(findings, arm, budget, ranks[budget]) for budget in budgets)] for arm in _by_rank(findings)],
+        [
+            "arm",
+            f"bits per byte at {scientific(last)}",
+            "less the reference's",
+            "verdict",
+            *(f"at {scientific(budget)} (rank)" for budget in others),
+        ],
+        [
+            [
+                arm,
+                str(findings.score(arm, last)),
+                *((str(against[arm]), against[arm].verdict.kind) if arm in against else ("–", _place(arm, reference))),
+                *(_ranked(findings, arm, budget) for budget in others),
+            ]
+            for arm in findings.by_rank()
+        ],
         marked=[reference],
     )
-    yield from _growing(findings)
+    yield Paragraph(headline(findings), lead=True)
+
+
+def verdicts(findings: Findings) -> Iterator[Element]:
+    """Say at every budget who is better than the reference and the best, and whether growing is."""
     yield Heading("Verdicts")
-    for budget in reversed(budgets):
-        best, numbers = ranks[budget][0], budget == findings.last
-        verdicts = []
+    yield from _growing(findings)
+    reference = findings.recipe.rules.reference
+    for budget in reversed(findings.budgets):
+        best, numbers = findings.ranking(budget)[0], budget == findings.last
+        said = []
         if best != reference:
-            verdicts = _grouped(findings.contrasts(budget, reference), f"the reference, {reference}", numbers=numbers)
+            said = _grouped(findings.contrasts(budget, reference), f"the reference, {reference}", numbers=numbers)
         role = "the best" if best != reference else "the best, which is the reference"
-        verdicts += _grouped(findings.contrasts(budget, best), f"{role}, {best}", numbers=numbers)
-        yield Heading(f"At {findings.at(budget)}", level=3)
-        yield Bullets(verdicts or [f"{best} is the only arm with results."])
+        said += _grouped(findings.contrasts(budget, best), f"{role}, {best}", numbers=numbers)
+        yield Folded(f"All arms at {findings.at(budget)}", [Bullets(said or [f"{best} is the only arm with results."])])
 
 
 def limits(findings: Findings) -> Iterator[Element]:
     """What the results do not show."""
     yield Heading("What can be concluded, and what cannot")
-    yield Bullets([*findings.missing(), *_statistics(findings), *_tuning(findings), _scope(findings)])
+    yield Bullets(
+        [
+            *findings.missing(),
+            *_first_look(findings),
+            *_statistics(findings),
+            *_tuning(findings),
+            *_dropout(findings),
+            _scope(findings),
+        ]
+    )
 
 
 def headline(findings: Findings) -> str:
@@ -66,12 +98,12 @@ def _sentences(findings: Findings) -> Iterator[str]:
     ranking = findings.ranking(budget)
     best, against = ranking[0], findings.contrasts(budget, reference)
     if findings.missing():
-        yield "Not all runs are there: what lacks or diverged is listed below."
+        yield "Some runs are missing or diverged; they are listed below."
     some = any(findings.grown(arm) for arm in findings.arms)
     grows = f", which {'grows' if findings.grown(best) else 'never grows'}," if some else ""
     which = "the largest budget" if budget == findings.budgets[-1] else "the largest budget that all arms have reached"
     yield (
-        f"At {findings.at(budget)}, {which}, {best}{grows} comes out best of "
+        f"At {findings.at(budget)}, {which}, {best}{grows} is the best of "
         f"{counted(len(ranking), 'arm')}: {findings.score(best, budget)} bits per byte "
         f"({counted(len(findings.values(best, budget)), 'seed')})."
     )
@@ -80,7 +112,7 @@ def _sentences(findings: Findings) -> Iterator[str]:
     rival = findings.best(budget, grown=not findings.grown(best))
     if rival and rival != reference:
         kind = "never grows" if findings.grown(best) else "grows"
-        yield f"The best that {kind}: {findings.contrasts(budget, best)[rival].verdict.sentence}."
+        yield f"The best arm that {kind}: {findings.contrasts(budget, best)[rival].verdict.sentence}."
     plain = findings.best(budget, grown=False)
     savings = {
         arm: saving.ratio
@@ -92,6 +124,12 @@ def _sentences(findings: Findings) -> Iterator[str]:
         yield f"{least} reaches the final bits per byte of {plain} with {savings[least]:.2f} × its training FLOPs."
     elif plain and rival:
         yield f"No arm that grows reaches the final bits per byte of {plain}."
+    least, most = _text_per_parameter(findings)
+    if least < _ENOUGH_TEXT:
+        yield (
+            f"This is a first look: the arms read {_span(least, most)} text tokens a parameter, and a claim about "
+            f"quality needs {_ENOUGH_TEXT} or more."
+        )
 
 
 def _growing(findings: Findings) -> Iterator[Element]:
@@ -102,19 +140,19 @@ def _growing(findings: Findings) -> Iterator[Element]:
         if rival:
             rows.append([findings.at(budget), findings.contrasts(budget, best)[rival].verdict.sentence])
     if rows:
-        yield Heading("The best arm that grows, and the best that never does", level=3)
-        yield Table(["budget", "verdict"], rows)
+        yield Table(["budget", "the best arm that grows, and the best that never does"], rows)
 
 
-def _ranked(findings: Findings, arm: str, budget: float, ranking: list[str]) -> str:
+def _place(arm: str, reference: str) -> str:
+    return "the reference" if arm == reference else "–"
+
+
+def _ranked(findings: Findings, arm: str, budget: float) -> str:
+    """Write an arm's mean at a budget, and its rank there."""
+    ranking = findings.ranking(budget)
     if arm not in ranking:
         return "–"
     return f"{findings.score(arm, budget).mean:.4f} ({ranking.index(arm) + 1})"
-
-
-def _by_rank(findings: Findings) -> list[str]:
-    """Return all arms, by rank at the largest budget, then those that only smaller ones have."""
-    return list(dict.fromkeys(arm for budget in reversed(findings.budgets) for arm in findings.ranking(budget)))
 
 
 def _grouped(contrasts: Mapping[str, Contrast], other: str, *, numbers: bool) -> list[str]:
@@ -128,22 +166,42 @@ def _grouped(contrasts: Mapping[str, Contrast], other: str, *, numbers: bool) ->
     return said
 
 
+def _text_per_parameter(findings: Findings) -> tuple[float, float]:
+    """Return the fewest and most text tokens that an arm reads for each parameter of its last model."""
+    budget = findings.last
+    read = [
+        findings.mean(arm, budget, "text_tokens") / findings.mean(arm, budget, "parameters")
+        for arm in findings.ranking(budget)
+    ]
+    return min(read), max(read)
+
+
+def _first_look(findings: Findings) -> Iterator[str]:
+    least, most = _text_per_parameter(findings)
+    if least < _ENOUGH_TEXT:
+        yield (
+            f"At {findings.at(findings.last)} the arms read {_span(least, most)} text tokens for each parameter of "
+            f"their last model. With fewer than {_ENOUGH_TEXT} this is a first look, not a claim about quality: the "
+            "order of the arms may be another one with more text."
+        )
+
+
 def _statistics(findings: Findings) -> Iterator[str]:
     rules, last = findings.recipe.rules, findings.last
     against = findings.contrasts(last, rules.reference).values()
     widths = [c.difference.half_width for c in against if c.difference.half_width is not None]
     if widths:
         yield (
-            f"Intervals hold the truth with {rules.confidence:.0%} confidence each, by Student's t over "
-            f"{counted(len(findings.recipe.seeds), 'seed')}. Those of differences to the reference at the largest "
-            f"budget are typically ± {median(widths):.4f} bits per byte: much smaller differences cannot be seen here."
+            f"Every interval has {rules.confidence:.0%} confidence, by Student's t over "
+            f"{counted(len(findings.recipe.seeds), 'seed')}. Differences to the reference at {findings.at(last)} are "
+            f"typically known to ± {median(widths):.4f} bits per byte: much smaller ones cannot be seen here."
         )
     else:
         yield "There are too few seeds for intervals: no difference here can be told from chance."
     yield (
         "Differences are paired: the same seed reads the same text in the same order. A difference counts if the p "
         "value of the paired t test, corrected by Holm's method for all comparisons with the same arm at the same "
-        f"budget, is below {1 - rules.confidence:.2g}; it matters from {rules.threshold:g} bits per byte on."
+        f"budget, is below {1 - rules.confidence:.2g}. It matters from {rules.threshold:g} bits per byte on."
     )
     yield "The best arm is picked by these same results, which flatters its lead over the others."
 
@@ -151,7 +209,7 @@ def _statistics(findings: Findings) -> Iterator[str]:
 def _tuning(findings: Findings) -> Iterator[str]:
     recipe = findings.recipe
     if len(recipe.learning_rates) == 1:
-        yield f"No learning rate was tuned: every arm has {recipe.learning_rates[0]:g}."
+        yield f"No learning rate was tuned: every arm trains with {recipe.learning_rates[0]:g}."
         return
     yield f"Learning rates were tuned at {findings.at(recipe.tuning_budget)} with one seed, and kept for all budgets."
     late = [arm for arm in findings.arms if _grows_after_tuning(recipe, arm)]
@@ -166,6 +224,20 @@ def _tuning(findings: Findings) -> Iterator[str]:
             )
 
 
+def _dropout(findings: Findings) -> Iterator[str]:
+    """Say which arms train with dropout: transformers' GPT-2 and OPT do by default, the other architectures do not."""
+    told = []
+    for arm in findings.arms:
+        config = AutoConfig.for_model(**findings.runs(arm)[0]["config"]).to_dict()
+        rates = [f"{name} {rate:g}" for name, rate in config.items() if "drop" in name and name not in _HEADS and rate]
+        told += [f"{arm} ({', '.join(rates)})"] if rates else []
+    if told:
+        yield (
+            f"These arms train with dropout, which costs loss in short training: {'; '.join(told)}. Setting it to 0 in "
+            "an arm's `model` makes another arm, without it."
+        )
+
+
 def _grows_after_tuning(recipe: CompareRecipe, arm: str) -> bool:
     stages, (first, *_) = recipe.arms[arm].stages, tuning_runs(recipe, arm)
     return len([s for s in segments(recipe, first) if s.growth]) < len(stages)
@@ -175,9 +247,15 @@ def _scope(findings: Findings) -> str:
     recipe = findings.recipe
     sizes = [run["parameters"] for arm in findings.arms for run in findings.runs(arm)]
     return (
-        f"Nothing is said beyond {findings.at(findings.budgets[-1])}, models of {min(sizes):,} to {max(sizes):,} "
-        f"parameters, contexts of {recipe.training.sequence_length:,} text tokens, and this text: {recipe.data.source}."
+        f"The results say nothing about more than {findings.at(findings.budgets[-1])}, other models than these of "
+        f"{min(sizes):,} to {max(sizes):,} parameters, other contexts than {recipe.training.sequence_length:,} text "
+        f"tokens, or other text than {recipe.data.source}."
     )
+
+
+def _span(least: float, most: float) -> str:
+    low, high = f"{least:.2g}", f"{most:.2g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def counted(n: int, thing: str) -> str:

@@ -86,19 +86,27 @@ def decision(findings: Findings) -> Iterator[Element]:
     earlier, latest = ([c for c in every if (c.budget == last) == is_last] for is_last in (False, True))
     yield Heading("Grow now, or train on?")
     yield Paragraph(
-        "At equal cost a grown model reads less text. Text given up and parameters gained (in the blocks' maps) are in "
-        "doublings. The slope is in bits per byte per doubling of text, measured just before growing, at constant "
-        "learning rate. The price is slope × text given up ÷ parameters gained, in bits per byte. The advice is to "
-        "grow where the price is below what a doubling of parameters is worth."
+        "At equal cost a grown model reads less text. Text given up and parameters gained (in the maps of the blocks) "
+        "are counted in doublings. The slope is in bits per byte per doubling of text, measured just before growing, "
+        "at constant learning rate. The price is slope × text given up ÷ parameters gained, in bits per byte. The "
+        "advice is to grow where the price is below what a doubling of parameters is worth."
     )
     worth = fitted_worth(earlier)
     if not earlier:
-        yield Paragraph("There are no smaller budgets to fit a worth to.")
+        yield Paragraph("There are no smaller budgets to fit the worth of a doubling of parameters to.")
     elif worth is None:
-        yield Paragraph("On the budgets but the largest no such worth does better than always, or never, growing.")
+        yield Paragraph(
+            "On the smaller budgets, no worth of a doubling of parameters chooses better than always growing, or than "
+            "never growing."
+        )
     else:
-        yield Paragraph(f"Fitted to all budgets but the largest, it is worth {worth:.3f}.")
-    for name, value in (("The worth fitted here", worth), ("The worth `tokenformer plan` has", WORTH_OF_PARAMETERS)):
+        yield Paragraph(
+            f"Fitted to all budgets but the largest, a doubling of parameters is worth {worth:.3f} bits per byte."
+        )
+    for name, value in (
+        ("The worth fitted here", worth),
+        ("The worth that `tokenformer plan` uses", WORTH_OF_PARAMETERS),
+    ):
         if value is not None:
             yield Paragraph(f"{name}, {value:.3f}, on the largest budget: {_tested(latest, value)}")
     yield Table(
@@ -121,8 +129,9 @@ def decision(findings: Findings) -> Iterator[Element]:
 
 def _tested(several: Sequence[Choice], worth: float) -> str:
     return (
-        f"{right(several, worth)} of {len(several)} choices right, {lost_by(several, worth):.4f} bits per byte lost "
-        f"on average; always growing loses {lost_by(several, math.inf):.4f}, never growing {lost_by(several, 0.0):.4f}."
+        f"{right(several, worth)} of {len(several)} choices are right, and {lost_by(several, worth):.4f} bits per byte "
+        f"are lost on average. Always growing loses {lost_by(several, math.inf):.4f}, never growing "
+        f"{lost_by(several, 0.0):.4f}."
     )
 
 
@@ -144,11 +153,9 @@ def _choice(findings: Findings, arm: str, base: str, budget: float) -> Choice | 
 def _slope(findings: Findings, line: Line, at: float) -> float | None:
     """Return the slope of a never-grown run just before `at`, its decay left out."""
     recipe = findings.recipe
-    training = recipe.training_of(line["arm"])
-    if training.schedule == "cosine" or not line["curve"]:
+    if recipe.training_of(line["arm"]).schedule == "cosine" or not line["curve"]:
         return None
-    held = line["budget"] * (1 - (training.decay if training.schedule == "wsd" else 0.0))
-    spent = recipe.equal
+    held, spent = recipe.trunk_end(line["arm"], line["budget"]), recipe.equal
     curve = [(p["text_tokens"], p["bits_per_byte"]) for p in line["curve"] if p[spent] <= held * (1 + 1e-3)]
     finite = [(text, bits) for text, bits in curve if bits is not None]
     return slope(finite, at * line["text_tokens"] / line[spent])

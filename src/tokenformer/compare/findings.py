@@ -100,7 +100,7 @@ class Findings:
                 diverged.append(line)
         if not finals:
             raise EvaluationError(
-                f"nothing to report yet: none of {len(recipe.arms)} arms has finished a final run; go on with "
+                f"nothing to report yet: none of {len(recipe.arms)} arms has finished a final run; continue with "
                 "`tokenformer compare`"
             )
         return cls(recipe, begun, finals, tunings, diverged)
@@ -129,6 +129,11 @@ class Findings:
         """Return the arms with results at a budget, best mean first."""
         there = [arm for arm in self.recipe.arms if (arm, budget) in self.finals]
         return sorted(there, key=lambda arm: self.score(arm, budget).mean)
+
+    def by_rank(self) -> list[str]:
+        """Return all arms by rank at the budget that decides, then those without results at it."""
+        budgets = (self.last, *reversed(self.budgets))
+        return list(dict.fromkeys(arm for budget in budgets for arm in self.ranking(budget)))
 
     def values(self, arm: str, budget: float, field: str = "bits_per_byte") -> dict[int, float]:
         """Return a field of an arm's final runs at a budget, by seed; empty if there are none."""
@@ -237,11 +242,11 @@ class Findings:
                     for budget, seeds in gaps.items()
                     if seeds
                 )
-                said.append(f"{arm} lacks {count} of {len(gaps) * len(self.recipe.seeds)} runs ({where}).")
+                said.append(f"{count} of the {len(gaps) * len(self.recipe.seeds)} runs of {arm} are missing ({where}).")
         for line in self.diverged:
             said.append(
                 f"{line['arm']} diverged with seed {line['seed']} and budget {scientific(line['budget'])}: its mean is "
-                "over the others, which flatters it."
+                "taken over the others, which flatters it."
             )
         return said
 

@@ -10,52 +10,50 @@ from html import escape
 
 _NUMBER = re.compile(r"([−+]|[<≤] )?\d[^a-z]*|–|not reached")
 _STYLE = """\
-:root{color-scheme:light dark;--ink:#1b1f24;--paper:#fff;--faint:#667080;--line:#d9dee5;--shade:#f4f6f8;--mark:#0b6bcb}
-@media screen and (prefers-color-scheme:dark){
-:root{--ink:#e4e7eb;--paper:#14171a;--faint:#9aa4b0;--line:#333a42;--shade:#1d2126;--mark:#6cb2ff}}
 *{box-sizing:border-box}
-body{margin:0 auto;padding:1.5rem 1rem 4rem;max-width:78rem;background:var(--paper);color:var(--ink);
+body{margin:0 auto;padding:1rem 1rem 4rem;max-width:78rem;background:#fff;color:#1b1f24;
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;overflow-wrap:break-word}
-h1{font-size:1.7rem;line-height:1.25;margin:.5rem 0}
-h2{font-size:1.25rem;margin:2.6rem 0 .6rem;padding-top:.7rem;border-top:1px solid var(--line)}
-h3{font-size:1.02rem;margin:1.5rem 0 .3rem}
+h1{font-size:1.5rem;line-height:1.25;margin:.5rem 0}
+h2{font-size:1.25rem;margin:2.2rem 0 .6rem;padding-top:.7rem;border-top:1px solid #d9dee5}
 p,ul{max-width:46rem;margin:.5rem 0}
 ul{padding-left:1.2rem}li{margin:.2rem 0}
-a{color:var(--mark)}
-.lead{font-size:1.15rem;border-left:4px solid var(--mark);padding:.1rem 0 .1rem .9rem;margin:1rem 0}
-nav{font-size:.9rem;color:var(--faint)}nav a{margin-right:.9rem;white-space:nowrap}
+a,summary{color:#0b5cad}
+summary{cursor:pointer;padding:.35rem 0;font-weight:600}
+.lead{font-size:1.1rem;border-left:4px solid #0b6bcb;padding:.1rem 0 .1rem .9rem;margin:1rem 0}
+nav{font-size:.9rem;margin-top:1.5rem}nav a{display:inline-block;margin-right:.9rem}
 .wide{overflow-x:auto;margin:.8rem 0}
 table{border-collapse:collapse;font-size:.86rem;line-height:1.35;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .65rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
-th{vertical-align:bottom;font-weight:600;color:var(--faint)}
-td.n,th.n{text-align:right;white-space:nowrap}
-td:first-child,th:first-child{position:sticky;left:0;background:var(--paper);min-width:11rem;max-width:16rem;
+th,td{padding:.3rem .65rem;text-align:left;vertical-align:top;border-bottom:1px solid #d9dee5}
+th{vertical-align:bottom;font-weight:600;color:#5a6472}
+td.n,th.n{text-align:right}td.n{white-space:nowrap}
+td:first-child,th:first-child{position:sticky;left:0;background:#fff;min-width:11rem;max-width:16rem;
 overflow-wrap:anywhere}
 td{white-space:nowrap}td.long,td:first-child{white-space:normal}td.long{min-width:15rem}
-tr.mark td{background:var(--shade)}
-caption,figcaption{caption-side:top;text-align:left;font-size:.86rem;color:var(--faint);padding:.2rem 0}
-figure{margin:1.2rem 0}figure img{display:block;width:100%;min-width:40rem;height:auto}
-pre{background:var(--shade);padding:.8rem 1rem;overflow-x:auto;font-size:.8rem;line-height:1.4;border-radius:6px}
-@media (max-width:40rem){td:first-child,th:first-child{min-width:7rem;max-width:9rem}}
+tr.mark td{background:#f4f6f8}
+figcaption{font-size:.86rem;color:#5a6472;padding:.2rem 0;max-width:60rem}
+.chart>div{height:auto!important}
+figure{margin:.6rem 0}figure img{display:block;width:100%;min-width:40rem;height:auto}
+pre{background:#f4f6f8;padding:.8rem 1rem;overflow-x:auto;font-size:.8rem;line-height:1.4;border-radius:6px}
+@media (max-width:40rem){h1{font-size:1.2rem}.lead{font-size:1rem}
+td:first-child,th:first-child{min-width:7rem;max-width:9rem}}
 @media print{body{max-width:none;padding:0;font-size:10pt}nav{display:none}figure img{min-width:0}
 .wide{overflow:visible}table{font-size:7.5pt}th,td{padding:.15rem .3rem}td{white-space:normal}td.long{min-width:0}
-pre{white-space:pre-wrap}figure,tr{break-inside:avoid}h2,h3{break-after:avoid}td:first-child,th:first-child{position:static}}"""
+pre{white-space:pre-wrap}figure,tr{break-inside:avoid}h2{break-after:avoid}td:first-child,th:first-child{position:static}}"""
 
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading of level 2 or 3."""
+    """The heading of a part of the page, which the page's list of contents names."""
 
     text: str
-    level: int = 2
 
     def html(self) -> str:
         """As HTML."""
-        return f'<h{self.level} id="{anchor(self.text)}">{escape(self.text)}</h{self.level}>'
+        return f'<h2 id="{anchor(self.text)}">{escape(self.text)}</h2>'
 
     def markdown(self) -> str:
         """As Markdown."""
-        return f"{'#' * self.level} {plain(self.text)}"
+        return f"## {plain(self.text)}"
 
 
 @dataclass(frozen=True)
@@ -127,20 +125,24 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure: in the page as SVG, beside the Markdown as the file `name`.png."""
+    """A figure: in the page as SVG, beside the Markdown as the file `name`.png.
+
+    Where there is a `chart`, HTML with its script, the page shows that instead, and the SVG only without JavaScript.
+    """
 
     name: str
     caption: str
     svg: bytes
     png: bytes
+    chart: str = ""
 
     def html(self) -> str:
         """As HTML."""
         data, caption = base64.b64encode(self.svg).decode(), escape(self.caption)
-        return (
-            f'<figure><div class="wide"><img alt="{caption}" src="data:image/svg+xml;base64,{data}"></div>'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
+        image = f'<div class="wide"><img alt="{caption}" src="data:image/svg+xml;base64,{data}"></div>'
+        if self.chart:
+            image = f'<div class="chart">{self.chart}</div><noscript>{image}</noscript>'
+        return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
     def markdown(self) -> str:
         """As Markdown."""
@@ -162,18 +164,40 @@ class Code:
         return "\n".join(f"    {line}" for line in self.text.splitlines())
 
 
-Element = Heading | Paragraph | Bullets | Table | Picture | Code
+@dataclass(frozen=True)
+class Folded:
+    """Elements behind a line of summary, shown when a reader asks for them."""
+
+    summary: str
+    elements: Sequence[Element]
+
+    def html(self) -> str:
+        """As HTML."""
+        inside = "\n".join(element.html() for element in self.elements)
+        return f"<details><summary>{shown(self.summary)}</summary>\n{inside}\n</details>"
+
+    def markdown(self) -> str:
+        """As Markdown, which takes this much HTML."""
+        inside = "\n\n".join(element.markdown() for element in self.elements)
+        return f"<details>\n<summary>{escape(self.summary)}</summary>\n\n{inside}\n\n</details>"
+
+
+Element = Heading | Paragraph | Bullets | Table | Picture | Code | Folded
 
 
 def html_page(title: str, elements: Sequence[Element]) -> str:
-    """Write a whole page that needs nothing from elsewhere."""
-    sections = [e.text for e in elements if isinstance(e, Heading) and e.level == 2]
-    nav = "".join(f'<a href="#{anchor(text)}">{escape(text)}</a> ' for text in sections)
+    """Write a whole page that needs nothing from elsewhere; its list of contents stands before the first heading."""
+    headings = [element for element in elements if isinstance(element, Heading)]
+    nav = " ".join(f'<a href="#{anchor(heading.text)}">{escape(heading.text)}</a>' for heading in headings)
+    written = [
+        f"<nav>{nav}</nav>\n{element.html()}" if headings and element is headings[0] else element.html()
+        for element in elements
+    ]
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
-        f"<style>\n{_STYLE}\n</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n<nav>{nav}</nav>\n"
-        + "\n".join(element.html() for element in elements)
+        f"<style>\n{_STYLE}\n</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
+        + "\n".join(written)
         + "\n</body>\n</html>\n"
     )
 

@@ -22,7 +22,7 @@ except ImportError as error:
         "the pictures of a comparison need matplotlib: pip install 'tokenformer[compare]'"
     ) from error
 
-# Legible on white and on black; what is drawn in _INK is dark on white and light on black.
+# Legible on white and on black.
 # fmt: off
 _COLOURS = [
     "#1f83d8", "#e0701a", "#1d9c5b", "#d2396f", "#8a63d2", "#b08a00", "#0fa3b1", "#a0603a", "#d65fc1", "#71829b",
@@ -43,8 +43,7 @@ _SETTINGS: Any = {
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK
     ),
 }
-_DARK = f"<style>svg{{color:{_INK}}}@media screen and (prefers-color-scheme:dark){{svg{{color:#dfe3e8}}}}</style>"
-_UNITS = {
+AXES = {
     "training_flops": "cumulative training FLOPs, all stages",
     "text_tokens": "text tokens read",
     "seconds": "seconds of training",
@@ -61,19 +60,19 @@ def draw_curves(findings: Findings, field: str) -> tuple[bytes, bytes]:
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(10, 6), layout="constrained")
         axes = figure.subplots()
-        ends, looks = {}, _looks(findings)
-        for arm, look in looks.items():
+        ends, chosen = {}, looks(findings)
+        for arm, look in chosen.items():
             curve = findings.curve(arm, field)
             bars = [findings.score(arm, budget).half_width or 0.0 for budget in findings.budgets_of(arm)]
             costs, means = zip(*curve, strict=True)
             axes.errorbar(costs, means, yerr=bars, capsize=2, elinewidth=0.8, **look)
             ends[arm] = curve[-1]
-            for x in _growth_points(findings, arm, field):
+            for x in growth_points(findings, arm, field):
                 _mark_growth(axes, x, curve, look["color"])
         axes.set_xscale("log")
         _cost_axis(axes, [x for arm in ends for x, _ in findings.curve(arm, field)], field)
         axes.set_ylabel("bits per byte on held-out documents")
-        _label_ends(axes, ends, looks)
+        _label_ends(axes, ends, chosen)
         return _rendered(figure)
 
 
@@ -86,15 +85,13 @@ def draw_differences(findings: Findings, budget: float) -> tuple[bytes, bytes]:
         axes = figure.subplots()
         axes.axvspan(-rules.threshold, rules.threshold, color=_INK, alpha=0.1, linewidth=0)
         axes.axvline(0, color=_INK, linewidth=1)
-        looks = _looks(findings)
+        chosen = looks(findings)
         for row, (arm, contrast) in enumerate(contrasts.items()):
-            look = {**looks[arm], "linestyle": "none"}
+            look = {**chosen[arm], "linestyle": "none"}
             axes.errorbar(contrast.difference.mean, row, xerr=contrast.difference.half_width or 0.0, capsize=3, **look)
-        axes.set_yticks(range(len(contrasts)), [_short(arm) for arm in contrasts])
+        axes.set_yticks(range(len(contrasts)), [short(arm) for arm in contrasts])
         axes.set_ylim(len(contrasts) - 0.5, -0.5)
-        axes.set_xlabel(
-            f"bits per byte less those of {_short(rules.reference)} at {scientific(budget)}; left is better"
-        )
+        axes.set_xlabel(f"bits per byte less those of {short(rules.reference)} at {scientific(budget)}; left is better")
         return _rendered(figure)
 
 
@@ -107,32 +104,32 @@ def draw_attention(costs: Mapping[str, Sequence[tuple[int, float, float]]]) -> t
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(10, 4.2), layout="constrained")
         axes = figure.subplots()
-        looks = {name: _look(i, dashed=False) for i, name in enumerate(costs)}
+        chosen = {name: _look(i, dashed=False) for i, name in enumerate(costs)}
         for name, points in costs.items():
             contexts, whole, attention = zip(*points, strict=True)
-            axes.plot(contexts, whole, **looks[name])
-            axes.plot(contexts, attention, color=looks[name]["color"], linestyle=":", linewidth=1.2)
+            axes.plot(contexts, whole, **chosen[name])
+            axes.plot(contexts, attention, color=chosen[name]["color"], linestyle=":", linewidth=1.2)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(contexts, [f"{context // 1024}k" for context in contexts])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: scientific(y)))
         axes.set_xlabel("context in text tokens")
         axes.set_ylabel("forward FLOPs per text token")
-        _label_ends(axes, {name: points[-1][:2] for name, points in costs.items()}, looks)
+        _label_ends(axes, {name: points[-1][:2] for name, points in costs.items()}, chosen)
         return _rendered(figure)
 
 
-def _looks(findings: Findings) -> dict[str, dict[str, Any]]:
+def looks(findings: Findings) -> dict[str, dict[str, Any]]:
     """Choose colour, marker and line: solid and filled grows, dashed and hollow never does, ink is the reference."""
-    looks, counts = {}, {True: 0, False: 0}
+    chosen, counts = {}, {True: 0, False: 0}
     for arm in findings.arms:
         grown = findings.grown(arm)
         if arm == findings.recipe.rules.reference:
-            looks[arm] = {**_look(0, dashed=not grown), "color": _INK, "linewidth": 2.2}
+            chosen[arm] = {**_look(0, dashed=not grown), "color": _INK, "linewidth": 2.2}
             continue
-        looks[arm] = _look(counts[grown], dashed=not grown)
+        chosen[arm] = _look(counts[grown], dashed=not grown)
         counts[grown] += 1
-    return looks
+    return chosen
 
 
 def _look(i: int, *, dashed: bool) -> dict[str, Any]:
@@ -146,7 +143,7 @@ def _look(i: int, *, dashed: bool) -> dict[str, Any]:
     }
 
 
-def _growth_points(findings: Findings, arm: str, field: str) -> list[float]:
+def growth_points(findings: Findings, arm: str, field: str) -> list[float]:
     """Return where an arm grew in its longest runs, means over seeds."""
     by_growth = zip(*([growth[field] for growth in line["growths"]] for line in findings.runs(arm)), strict=False)
     return [sum(values) / len(values) for values in by_growth]
@@ -163,7 +160,7 @@ def _mark_growth(axes: Any, x: float, curve: Curve, colour: str) -> None:
 
 def _cost_axis(axes: Any, costs: Sequence[float], field: str) -> None:
     """Label round numbers, also where the axis spans less than a power of ten."""
-    axes.set_xlabel(_UNITS[field])
+    axes.set_xlabel(AXES[field])
     decades = math.log10(max(costs) / min(costs))
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -180,7 +177,7 @@ def _label_ends(axes: Any, ends: Mapping[str, tuple[float, float]], looks: Mappi
         colour = looks[name]["color"]
         line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.7, "relpos": (0, 0.5), "shrinkA": 0}
         axes.annotate(
-            _short(name),
+            short(name),
             xy=ends[name],
             xytext=(1.07, height),
             textcoords="axes fraction",
@@ -191,7 +188,7 @@ def _label_ends(axes: Any, ends: Mapping[str, tuple[float, float]], looks: Mappi
         )
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     return name if len(name) <= 40 else f"{name[:39]}…"
 
 
@@ -213,5 +210,4 @@ def _rendered(figure: Figure) -> tuple[bytes, bytes]:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names of any script
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
         figure.savefig(png, format="png", dpi=100)
-    text = svg.getvalue().decode().replace(_INK, "currentColor")
-    return text.replace("<defs>", f"{_DARK}<defs>", 1).encode(), png.getvalue()
+    return svg.getvalue(), png.getvalue()

@@ -24,7 +24,8 @@ class ArmStage(Section):
     """One growth of an arm."""
 
     at: float = Field(gt=0)
-    """What has been spent by then, all earlier stages included, in the unit of `equal`."""
+    """What has been spent by then, all earlier stages included, in the unit of `equal`. A run whose learning rate
+    begins to decay here or earlier ends without this growth."""
     method: str = "exact"
     """How it grows: exact, random_keys, recomputed_tau, published, hyperclone, stack or random_blocks."""
     qkv_param_tokens: Amount | None = None
@@ -61,7 +62,7 @@ class Arm(Section):
     stages: list[ArmStage] = Field([])
     """How it grows, in order; none: it never does."""
     training: dict[str, Any] = Field({})
-    """Fields of `training` that are other for this arm."""
+    """Fields of `training` that differ for this arm."""
 
 
 class Rules(Section):
@@ -104,8 +105,12 @@ class CompareRecipe(Section):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> CompareRecipe:
-        if sorted(set(self.budgets)) != self.budgets:
-            raise ValueError(f"budgets are {self.budgets}; write each once, smallest first")
+        if sorted(self.budgets) != self.budgets:
+            raise ValueError(f"budgets are {self.budgets}; write the smallest first")
+        for field in ("budgets", "seeds", "learning_rates"):
+            given = getattr(self, field)
+            if len(set(given)) < len(given):
+                raise ValueError(f"{field} are {given}; write each of them once")
         if self.tuning_budget not in self.budgets:
             raise ValueError(f"tuning_budget is {self.tuning_budget:g}; it must be one of the budgets {self.budgets}")
         if self.rules.reference not in self.arms:
@@ -113,10 +118,11 @@ class CompareRecipe(Section):
         if self.data.streaming:
             raise ValueError("data.streaming does not go with a comparison, whose arms start anywhere in the text")
         for name, arm in self.arms.items():
-            points = [stage.at for stage in arm.stages]
-            if sorted(set(points)) != points or (points and points[-1] >= self.budgets[-1]):
+            points, end = [stage.at for stage in arm.stages], self.trunk_end(name, self.budgets[-1])
+            if sorted(set(points)) != points or (points and points[-1] >= end):
                 raise ValueError(
-                    f"arms.{name}.stages grow at {points}; the points must rise and lie below {self.budgets[-1]:g}"
+                    f"arms.{name}.stages grow at {points}; the points must rise and lie below {end:g}, "
+                    "where the learning rate begins to decay in the largest budget"
                 )
             if self.training_of(name).sequence_length != self.training.sequence_length:
                 raise ValueError(f"arms.{name}.training.sequence_length: all arms read the same blocks of text")
@@ -130,6 +136,12 @@ class CompareRecipe(Section):
         """
         fields = {**self.training.model_dump(exclude_unset=True), **self.arms[arm].training}
         return parse_sections(TrainingSection, fields, where=f"arms.{arm}.training")
+
+    def trunk_end(self, arm: str, budget: float) -> float:
+        """Return where an arm's learning rate begins to decay in a run of a budget: at its end where it never does."""
+        training = self.training_of(arm)
+        end = budget * (1 - training.decay) if training.schedule == "wsd" else budget
+        return float(f"{end:.12g}")  # without rounding errors, so that it can be told whether growth lies before it
 
 
 def load_compare_recipe(path: str | Path) -> CompareRecipe:

@@ -10,10 +10,11 @@ from pathlib import Path
 import yaml
 
 from ..checkpoints.files import disk_errors
-from .conclusions import answer, counted, limits
+from .chart import interactive_curves
+from .conclusions import answer, counted, limits, verdicts
 from .decision import decision
 from .findings import Findings
-from .page import Bullets, Code, Element, Heading, Picture, html_page, markdown_page
+from .page import Bullets, Code, Element, Folded, Heading, Picture, html_page, markdown_page
 from .pictures import draw_curves, draw_differences
 from .results import MAY_GAIN, Line
 from .tables import attention, equality, growths, results, savings
@@ -33,7 +34,7 @@ def write_report(lines: Sequence[Line], folder: Path) -> Path:
     """
     findings = Findings.of(lines)
     title, elements = findings.recipe.question, list(report(findings))
-    files = {f"{element.name}.png": element.png for element in elements if isinstance(element, Picture)}
+    files = {f"{picture.name}.png": picture.png for picture in _pictures(elements)}
     files["report.md"] = markdown_page(title, elements).encode()
     files["report.html"] = html_page(title, elements).encode()
     with disk_errors(folder):
@@ -47,9 +48,11 @@ def write_report(lines: Sequence[Line], folder: Path) -> Path:
 
 def report(findings: Findings) -> Iterator[Element]:
     """Say everything, in the order of what a reader wants to know."""
+    yield curves(findings)
     yield from answer(findings)
     yield from limits(findings)
-    yield from figures(findings)
+    yield from verdicts(findings)
+    yield from more_pictures(findings)
     yield from results(findings)
     yield from savings(findings)
     yield from decision(findings)
@@ -59,27 +62,42 @@ def report(findings: Findings) -> Iterator[Element]:
     yield from rules(findings)
 
 
-def figures(findings: Findings) -> Iterator[Element]:
-    """Curves against each cost, and all differences at the largest budget."""
-    last, recipe = findings.last, findings.recipe
-    yield Heading("Bits per byte against cost")
-    yield Picture(
+def curves(findings: Findings) -> Picture:
+    """Draw bits per byte against cost, which is the whole comparison in a picture."""
+    return Picture(
         "report-training-flops",
-        "Bits per byte against cumulative training FLOPs, the base and all stages included. Solid and filled: arms "
-        "that grow, ▲ where they do (at the bottom if before the first budget); dashed and hollow: arms that never "
-        "grow; black or white: the reference. Points are whole runs to the end of their schedule, mean over seeds with "
-        "interval.",
+        "Bits per byte against cumulative training FLOPs, the base and all stages included; lower is better. Solid and "
+        "filled: arms that grow, ▲ where they do (at the bottom if before the first budget). Dashed and hollow: arms "
+        "that never grow. Black: the reference. Points are whole runs to the end of their schedule, means over seeds "
+        "with intervals.",
         *draw_curves(findings, "training_flops"),
+        chart=interactive_curves(findings),
     )
-    if findings.contrasts(last, recipe.rules.reference) and recipe.rules.reference in findings.ranking(last):
+
+
+def more_pictures(findings: Findings) -> Iterator[Element]:
+    """All differences at the budget that decides, and curves against the other costs."""
+    last, rules = findings.last, findings.recipe.rules
+    yield Heading("Pictures")
+    if findings.contrasts(last, rules.reference) and rules.reference in findings.ranking(last):
         yield Picture(
             "report-differences",
-            f"Differences to {recipe.rules.reference} at {findings.at(last)}, with intervals; shaded: less than the "
-            f"{recipe.rules.threshold:g} bits per byte that matter.",
+            f"Differences to {rules.reference} at {findings.at(last)}, with intervals. Shaded: less than the "
+            f"{rules.threshold:g} bits per byte that matter.",
             *draw_differences(findings, last),
         )
-    yield Picture("report-text-tokens", "The same against text tokens.", *draw_curves(findings, "text_tokens"))
-    yield Picture("report-seconds", "The same against seconds of training.", *draw_curves(findings, "seconds"))
+    for field, cost in (("text_tokens", "text tokens"), ("seconds", "seconds of training")):
+        name = f"report-{field.replace('_', '-')}"
+        picture = Picture(name, f"Bits per byte against {cost}.", *draw_curves(findings, field))
+        yield Folded(f"Bits per byte against {cost}", [picture])
+
+
+def _pictures(elements: Sequence[Element]) -> Iterator[Picture]:
+    for element in elements:
+        if isinstance(element, Folded):
+            yield from _pictures(element.elements)
+        elif isinstance(element, Picture):
+            yield element
 
 
 def rules(findings: Findings) -> Iterator[Element]:
@@ -96,10 +114,11 @@ def rules(findings: Findings) -> Iterator[Element]:
                 if (added := _added(before["recipe"], after["recipe"]))
             ),
             *places,
-            *(["Seconds of different machines do not compare."] if len(places) > 1 else []),
+            *(["Seconds of different machines cannot be compared."] if len(places) > 1 else []),
         ]
     )
-    yield Code(yaml.safe_dump(last["recipe"], sort_keys=False, allow_unicode=True, width=100))
+    recipe = yaml.safe_dump(last["recipe"], sort_keys=False, allow_unicode=True, width=100)
+    yield Folded("The whole recipe", [Code(recipe)])
 
 
 def _place(line: Line) -> str:

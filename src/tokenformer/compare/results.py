@@ -58,9 +58,9 @@ class Results:
         changed = [f for f in {**began, **content} if not _extends(began.get(f), content.get(f), may=f in MAY_GAIN)]
         if changed:
             raise RecipeError(
-                f"the recipe differs from the one that {self.path} began with in {', '.join(changed)}: rules stand "
-                f"before results; only {', '.join(MAY_GAIN)} can be added to, "
-                f"behind the first ones. Give another folder with --output"
+                f"the recipe differs from the one that {self.path} began with in {', '.join(changed)}. Rules are fixed "
+                f"before the first run: only {', '.join(MAY_GAIN)} may be added, after those that are there. Give "
+                "another folder with --output"
             )
         self.add({"event": "recipe", "name": name, "recipe": content, **_circumstances(recipe)})
 

@@ -94,7 +94,7 @@ def compare(
             raise TokenformerError(f"a worker failed: {str(error).strip().splitlines()[-1]}") from error
         except multiprocessing.ProcessExitedException as error:
             raise TokenformerError(
-                f"a worker was killed, perhaps for want of memory ({error}); the same command continues"
+                f"a worker was killed, perhaps because memory ran out ({error}); the same command continues"
             ) from error
         except KeyboardInterrupt:
             for process in context.processes:  # the terminal's Ctrl-C reached them too
@@ -316,7 +316,7 @@ def _halve_validation(data: TextData, *, sequence_length: int) -> tuple[TextData
     documents = data.validation_documents
     if len(documents) < 2:
         raise DataError(
-            f"{len(documents)} document is held out, and one to tune on must be another than one to report on; raise "
+            f"{len(documents)} document is held out, but tuning and reporting need one each: raise "
             "data.validation_bytes or data.validation_fraction, or give text of more documents"
         )
     sizes = np.cumsum([len(text.encode()) for text in documents["text"]])

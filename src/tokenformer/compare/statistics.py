@@ -99,11 +99,11 @@ def verdict(a: str, b: str, difference: Estimate, *, p: float | None, threshold:
     """
     d, h = difference.mean, difference.half_width
     if not difference.seeds:
-        return Verdict("no interval", f"no seed in common: nothing can be said about {a} and {b}")
+        return Verdict("no interval", f"{a} and {b} have no seed in common, so that nothing can be said about them")
     word = "better" if d < 0 else "worse"
     if h is None or p is None:
         told = f"{a} came out {word} than {b} by {abs(d):.4f} bits per byte" if d else f"{a} and {b} came out alike"
-        return Verdict("no interval", f"one seed: no interval; {told}")
+        return Verdict("no interval", f"with one seed there is no interval; {told}")
     if d == h == 0:
         return Verdict("same", f"{a} and {b} are the same: equal to the last bit with every seed")
     below = abs(d) + h < threshold
@@ -112,19 +112,20 @@ def verdict(a: str, b: str, difference: Estimate, *, p: float | None, threshold:
         if below:
             return Verdict(f"slightly {word}", f"{told}, but by less than the {threshold:g} that matters")
         surely = abs(d) - h >= threshold
-        return Verdict(word, told if surely else f"{told}, perhaps by less than the {threshold:g} that matters")
+        return Verdict(word, told if surely else f"{told}, which may be less than the {threshold:g} that matters")
     seen = f"{d:+.4f} ± {h:.4f} bits per byte".replace("-", "−")
     if below:
-        return Verdict(
-            "equivalent", f"no difference as large as {threshold:g} between {a} and {b} (equivalent): {seen}"
-        )
+        return Verdict("equivalent", f"{a} and {b} differ by less than the {threshold:g} that matters: by {seen}")
     if abs(d) > h:
         return Verdict(
             f"perhaps {word}",
-            f"{a} is perhaps {word} than {b}, {seen}: alone it would count, as one of several comparisons it does not "
-            f"(p = {p:.2g})",
+            f"{a} is perhaps {word} than {b}, by {abs(d):.4f} ± {h:.4f} bits per byte: not significant after Holm's "
+            f"correction (p = {p:.2g})",
         )
-    return Verdict("cannot tell", f"cannot tell {a} from {b}: {seen}; that may be none or one that matters")
+    return Verdict(
+        "cannot tell",
+        f"{a} and {b} cannot be told apart: they differ by {seen}, which may be nothing or may matter",
+    )
 
 
 def reached(curve: Curve, target: float) -> float | None:

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from .. import cost
 from .findings import Contrast, Findings
-from .page import Bullets, Element, Heading, Paragraph, Picture, Table, scientific
+from .page import Bullets, Element, Folded, Heading, Paragraph, Picture, Table, scientific
 from .pictures import draw_attention
 from .results import Line
 from .statistics import crossing
@@ -23,15 +23,14 @@ def results(findings: Findings) -> Iterator[Element]:
     for budget in reversed(findings.budgets):
         ranking = findings.ranking(budget)
         against, best = findings.contrasts(budget, reference), findings.contrasts(budget, ranking[0])
-        yield Heading(f"Results at {findings.at(budget)}", level=3)
-        yield Table(
+        table = Table(
             [
                 "arm",
                 "bits per byte",
-                "to the reference",
+                "less the reference's",
                 "p (Holm)",
                 "verdict",
-                "to the best",
+                "less the best's",
                 "p (Holm)",
                 "verdict",
                 "parameters",
@@ -54,6 +53,7 @@ def results(findings: Findings) -> Iterator[Element]:
             ],
             marked=[reference],
         )
+        yield Folded(f"Results at {findings.at(budget)}", [table])
 
 
 def savings(findings: Findings) -> Iterator[Element]:
@@ -62,23 +62,24 @@ def savings(findings: Findings) -> Iterator[Element]:
     targets = [arm for arm in dict.fromkeys([reference, plain]) if arm in findings.arms]
     yield Heading("Savings")
     yield Paragraph(
-        "Training FLOPs until an arm is as good as another at the end of its largest budget, and their ratio to what "
-        "that one spends: below 1 saves; in brackets the range over seeds, or how many get there. Between budgets, "
-        "bits per byte are interpolated in the logarithm of FLOPs; nothing is extrapolated."
+        "The training FLOPs that an arm needs to become as good as another is at the end of its largest budget, and "
+        "their ratio to the other's FLOPs, which is below 1 where the arm saves. The range over seeds, or how many of "
+        "them get there, stands in brackets. Between budgets, bits per byte are interpolated in the logarithm of "
+        "FLOPs; nothing is extrapolated."
     )
     yield Table(
-        ["arm", *(f"until {findings.curve(target)[-1][1]:.4f}, {target}" for target in targets)],
+        ["arm", *(f"to {findings.curve(target)[-1][1]:.4f}, {target}" for target in targets)],
         [[arm, *(_saving(findings, arm, target) for target in targets)] for arm in findings.arms],
         marked=[reference],
     )
     grown = [arm for arm in findings.arms if findings.grown(arm)]
     if not grown or not plain:
         return
-    yield Heading("Where growing begins to pay", level=3)
+    yield Heading("Where growing begins to pay")
     yield Paragraph(
-        "Training FLOPs from which on an arm's mean stays below that of its own first model trained on without "
-        f"growing, and that of {plain}, the best arm that never grows. These are crossings of means: read them "
-        "with the intervals."
+        "The training FLOPs from which on an arm's mean stays below the mean of its own first model, trained on "
+        f"without growing, and below that of {plain}, the best arm that never grows. These are crossings of means: "
+        "read them with the intervals."
     )
     yield Table(
         ["arm", "its first model, never grown", "passes it from", f"passes {plain} from"],
@@ -104,7 +105,8 @@ def growths(findings: Findings) -> Iterator[Element]:
     if rows:
         yield Heading("Just before and after each growth")
         yield Paragraph(
-            "Means over seeds, at the learning rate of that moment. Logits are equal if they are bit for bit."
+            "Means over seeds, measured at the learning rate of that moment. Logits count as equal where they are "
+            "equal bit for bit."
         )
         head = ["method", "training FLOPs", "parameters", "bits per byte before", "after", "jump", "logits equal"]
         yield Table(["arm", "growth", *head], rows)
@@ -120,8 +122,8 @@ def attention(findings: Findings) -> Iterator[Element]:
         alike.setdefault(costs, []).append(arm)
     yield Heading("Attention between text tokens")
     yield Paragraph(
-        "Forward FLOPs per text token of each arm's last model for attention between text tokens, and their share of "
-        "all, by context length; computed from its configuration. Arms that cost the same share a row."
+        "The forward FLOPs per text token that each arm's last model spends on attention between text tokens, and "
+        "their share of all, by context length; computed from its configuration. Arms that cost the same share a row."
     )
     yield Table(
         ["last model of", *(f"{context // 1024}k" for context in _CONTEXTS)],
@@ -149,13 +151,13 @@ def equality(findings: Findings) -> Iterator[Element]:
     yield Heading("What was equal, and what was not")
     yield Bullets(
         [
-            f"Equal: {findings.unit}, the base and every stage counted; runs missed their budget by {max(missed):.2%} "
-            "at most. Text, its order by seed, tokenizer, batch, context and schedule, but for what the rules below "
-            "give an arm of its own.",
+            f"{findings.unit[0].upper()}{findings.unit[1:]} are equal, with the base and every stage counted: runs "
+            f"missed their budget by at most {max(missed):.2%}.",
+            "The text, its order for each seed, tokenizer, batch, context and schedule are equal, except where the "
+            "rules below say that an arm differs.",
             f"Not equal, at {findings.at(last)}: text tokens, from {text[least]:,.0f} ({least}) to {text[most]:,.0f} "
-            f"({most}), and the rest of this table.",
-            "Tuning is no part of a budget. It is counted in full for each arm, also where arms that begin alike "
-            "shared it.",
+            f"({most}), and the other columns of this table.",
+            "Tuning is not part of a budget. A common start is trained once and charged to every arm, in tuning too.",
         ]
     )
     yield Table(
