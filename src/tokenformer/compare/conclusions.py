@@ -27,7 +27,7 @@ _SAID = {
 }
 # Dropout of heads that a language model does not have.
 _HEADS = ("classifier_dropout", "summary_first_dropout")
-# Text tokens a parameter from which on a claim about quality is more than a first look (docs/compare.md says why).
+# Text tokens a parameter from which on a result may be a claim about quality.
 _ENOUGH_TEXT = 20
 
 
@@ -79,7 +79,6 @@ def limits(findings: Findings) -> Iterator[Element]:
     yield Bullets(
         [
             *findings.missing(),
-            *_first_look(findings),
             *_statistics(findings),
             *_tuning(findings),
             *_dropout(findings),
@@ -124,12 +123,9 @@ def _sentences(findings: Findings) -> Iterator[str]:
         yield f"{least} reaches the final bits per byte of {plain} with {savings[least]:.2f} × its training FLOPs."
     elif plain and rival:
         yield f"No arm that grows reaches the final bits per byte of {plain}."
-    least, most = _text_per_parameter(findings)
-    if least < _ENOUGH_TEXT:
-        yield (
-            f"This is a first look: the arms read {_span(least, most)} text tokens a parameter, and a claim about "
-            f"quality needs {_ENOUGH_TEXT} or more."
-        )
+    doubts = list(_doubts(findings))
+    if doubts:
+        yield f"This is a first look: {', and '.join(doubts)}."
 
 
 def _growing(findings: Findings) -> Iterator[Element]:
@@ -166,24 +162,30 @@ def _grouped(contrasts: Mapping[str, Contrast], other: str, *, numbers: bool) ->
     return said
 
 
-def _text_per_parameter(findings: Findings) -> tuple[float, float]:
-    """Return the fewest and most text tokens that an arm reads for each parameter of its last model."""
-    budget = findings.last
+def _doubts(findings: Findings) -> Iterator[str]:
+    """Say why this is a first look and no claim about quality, in parts of a sentence."""
+    budget, recipe = findings.last, findings.recipe
     read = [
         findings.mean(arm, budget, "text_tokens") / findings.mean(arm, budget, "parameters")
         for arm in findings.ranking(budget)
     ]
-    return min(read), max(read)
+    if min(read) < _ENOUGH_TEXT:
+        span = " to ".join(dict.fromkeys(f"{number:.2g}" for number in (min(read), max(read))))
+        yield f"arms read {span} text tokens a parameter, where a claim about quality needs {_ENOUGH_TEXT} or more"
+    ends = [arm for end in _grid_ends(recipe) for arm in _at(findings, end)]
+    if len(recipe.learning_rates) == 1:
+        yield "no learning rate was tuned"
+    elif ends:
+        yield f"the learning rate of {len(ends)} of {counted(len(findings.arms), 'arm')} lies at the end of the grid"
 
 
-def _first_look(findings: Findings) -> Iterator[str]:
-    least, most = _text_per_parameter(findings)
-    if least < _ENOUGH_TEXT:
-        yield (
-            f"At {findings.at(findings.last)} the arms read {_span(least, most)} text tokens for each parameter of "
-            f"their last model. With fewer than {_ENOUGH_TEXT} this is a first look, not a claim about quality: the "
-            "order of the arms may be another one with more text."
-        )
+def _grid_ends(recipe: CompareRecipe) -> tuple[float, float]:
+    return min(recipe.learning_rates), max(recipe.learning_rates)
+
+
+def _at(findings: Findings, learning_rate: float) -> list[str]:
+    """Return the arms that train with a learning rate."""
+    return [arm for arm in findings.arms if findings.runs(arm)[0]["learning_rate"] == learning_rate]
 
 
 def _statistics(findings: Findings) -> Iterator[str]:
@@ -215,9 +217,8 @@ def _tuning(findings: Findings) -> Iterator[str]:
     late = [arm for arm in findings.arms if _grows_after_tuning(recipe, arm)]
     if late:
         yield f"They were tuned before these arms had grown for the last time: {', '.join(late)}."
-    for end, beyond in ((min(recipe.learning_rates), "smaller"), (max(recipe.learning_rates), "larger")):
-        arms = [arm for arm in findings.arms if findings.runs(arm)[0]["learning_rate"] == end]
-        if arms:
+    for end, beyond in zip(_grid_ends(recipe), ("smaller", "larger"), strict=True):
+        if arms := _at(findings, end):
             yield (
                 f"The learning rate lies at the end of the grid, {end:g}, for {', '.join(arms)}: a {beyond} one may "
                 "be better still."
@@ -251,11 +252,6 @@ def _scope(findings: Findings) -> str:
         f"{min(sizes):,} to {max(sizes):,} parameters, other contexts than {recipe.training.sequence_length:,} text "
         f"tokens, or other text than {recipe.data.source}."
     )
-
-
-def _span(least: float, most: float) -> str:
-    low, high = f"{least:.2g}", f"{most:.2g}"
-    return low if low == high else f"{low} to {high}"
 
 
 def counted(n: int, thing: str) -> str:
