@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tokenformer.data.blocks import pack, training_order, utf8_bytes
-from tokenformer.data.text import DataSection, hold_out, load_documents, prepare
+from tokenformer.data.text import DataSection, hold_out, load_documents, prepare, text_sha256
 from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.errors import DataError, TokenizerError
 
@@ -171,6 +171,13 @@ def test_other_refusals_of_sources(mixed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=rf"'nope' is no file or folder \(looked at {tmp_path}/nope\)"):
         load_documents("nope")
+
+
+def test_a_text_is_told_by_its_documents_their_order_and_who_trains_on_them():
+    whole = text_sha256(of("ab", "c"), of("d"))
+    others = [(["ab", "c", "d"], []), (["c", "ab"], ["d"]), (["a", "bc"], ["d"]), (["ab", "c", "c"], ["d"])]
+    assert len({whole, *(text_sha256(of(*train), of(*held)) for train, held in others)}) == 5
+    assert text_sha256(of("ab", "c").to_iterable_dataset(), of("d")) == whole
 
 
 texts_to_split = st.lists(st.text("abcé\n", max_size=6), min_size=2).filter(lambda d: len({*d} - {""}) > 1)
@@ -355,6 +362,7 @@ def test_prepare_and_again_in_a_new_process(corpus, tmp_path, cache, monkeypatch
     held = [t for t in joined(data.validation_blocks)[1] if t >= 0]
     assert held == stream(texts(validation), data.tokenizer)[1:]
     counts = [len(validation), utf8_bytes(validation), len(train), len(data.train_blocks) * 15]
+    counts.insert(2, text_sha256(train, validation))
     assert list(data.facts.values()) == [str(corpus), "bpe:300", len(data.tokenizer), *counts]
     assert data.validation_bytes == utf8_bytes(validation)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
