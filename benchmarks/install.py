@@ -61,7 +61,8 @@ def install(way: str, clone: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Install in every way and write the results."""
     machine = {"cores": os.cpu_count(), "system": platform.platform(terse=True), "python": platform.python_version()}
-    machine |= {"date": datetime.date.today().isoformat()}
+    # Wheels that pip finds on a disk, PyTorch perhaps, cost no download.
+    machine |= {"wheels_on_disk": "PIP_FIND_LINKS" in os.environ, "date": datetime.date.today().isoformat()}
     lines: list[dict[str, Any]] = []
     for way in WAYS:
         with tempfile.TemporaryDirectory() as folder:
