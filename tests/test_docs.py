@@ -1,7 +1,7 @@
 """Every command and snippet of the documentation runs, and its figures are those of benchmarks/results/.
 
 The checkpoints that they name are small ones here: golden case M, with an embedding of bytes, random ordinary ones, and
-the quick recipe with a tenth of its text. Shakespeare is the beginnings of four of his plays.
+the small recipes with a tenth of their text. Shakespeare is the beginnings of four of his plays.
 """
 
 import contextlib
@@ -76,13 +76,11 @@ def prepared(tmp_path_factory):
     """A folder with what the documentation's commands refer to; the shared ones have run there."""
     folder = tmp_path_factory.mktemp("prepared")
     for name in ("recipes", "examples", "benchmarks"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("results", "ecosystem"))
-    quick = folder / "recipes" / "quick.yaml"
-    text = quick.read_text(encoding="utf-8")
-    for asked, less in (("text_tokens: 20_000", "text_tokens: 2_000"), ("bytes: 65536", "bytes: 2048")):
-        assert asked in text
-        text = text.replace(asked, less)
-    quick.write_text(text, encoding="utf-8")
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("results"))
+    for recipe in (folder / "recipes" / "quick.yaml", folder / "recipes" / "small.yaml"):
+        text = recipe.read_text(encoding="utf-8")
+        assert "0_000\n" in text and "bytes: 65536" in text
+        recipe.write_text(text.replace("0_000\n", "_000\n").replace("bytes: 65536", "bytes: 2048"), encoding="utf-8")
 
     state = {n.removeprefix("case_m."): t for n, t in inputs("M").items() if "sequential" in n}
     tokenizer = make_tokenizer("bytes", None)
