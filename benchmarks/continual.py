@@ -187,8 +187,8 @@ def with_lora(model: Any) -> Any:
 def with_group(model: Any, text: str, norm: str = "joint") -> Any:
     """Add a token group named after a text, and freeze all that was there."""
     older = [group["name"] for group in model.config.token_groups]
-    first = {"token_group_norm": norm} if len(older) == 1 else {}
-    grow(model, ffn_param_tokens=f"+{GROUP_TOKENS}", name=text, **first)
+    first = norm if len(older) == 1 else None
+    grow(model, ffn_param_tokens=f"+{GROUP_TOKENS}", name=text, norm=first)
     freeze_only(model, [*older, *PARTS])
     return model
 

@@ -19,7 +19,7 @@ from tokenformer import grow
 from tokenformer.checkpoints.checkpoint import save_checkpoint, weight_files, weights_digest
 from tokenformer.checkpoints.lineage import Lineage
 from tokenformer.growth.architectures import token_groups
-from tokenformer.growth.freeze import freeze_only, parts
+from tokenformer.growth.freeze import freeze_only, trainable_parts
 from tokenformer.growth.groups import is_normalised
 from tokenformer.growth.neurons import group_neurons
 
@@ -90,7 +90,7 @@ def train(model, optimizer=torch.optim.AdamW, steps=2):
 
 
 def train_only(model, group, **options):
-    freeze_only(model, [part for part in parts(model) if part != group])
+    freeze_only(model, [part for part in trainable_parts(model) if part != group])
     train(model, **options)
 
 

@@ -11,13 +11,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from .growth.architectures import architecture_of, count_of, places, token_groups
+from .growth.architectures import architecture_of, group_names, places, token_groups
 from .growth.state import read_map
 
 
 def group_parameters(config: Any) -> dict[str, int]:
     """Parameters in each token group: keys and values of all its tokens in all blocks, with biases."""
-    state, counts = _model(config).state_dict(), {group["name"]: 0 for group in token_groups(config)}
+    state, counts = _model(config).state_dict(), dict.fromkeys(group_names(config), 0)
     for block, token_map in places(config):
         for name, tensors in read_map(config, state, block, token_map).items():
             counts[name] += sum(t.numel() for part, t in tensors.items() if ".gates." not in part)
@@ -28,7 +28,8 @@ def group_tokens(config: Any) -> dict[str, int]:
     """Parameter tokens in each token group, over all projections and blocks."""
     listed = list(places(config))
     return {
-        g["name"]: sum(count_of(g, place.projection, block) for block, place in listed) for g in token_groups(config)
+        group.name: sum(group.count(token_map.projection, block) for block, token_map in listed)
+        for group in token_groups(config)
     }
 
 

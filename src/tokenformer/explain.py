@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import EvaluationError, GrowthError, MissingExtraError
 from .growth.architectures import TokenMap, architecture_of
-from .growth.importance import GroupUse, Importance, token_weights
+from .growth.importance import GroupUse, Importance, watched_weights
 from .growth.neurons import group_neurons
 from .growth.operations import read_groups
 
@@ -110,7 +110,7 @@ def explain(model: Any, input_ids: Tensor, *, target: int | None = None, top: in
     was_training = model.training
     model.eval()
     try:
-        with torch.enable_grad(), token_weights(model, see):
+        with torch.enable_grad(), watched_weights(model, see):
             # Gradients reach the weights even where every parameter is frozen.
             embedded = model.get_input_embeddings()(input_ids).detach().requires_grad_()
             logits = model(inputs_embeds=embedded, use_cache=False).logits[0, -1].float()
@@ -181,7 +181,7 @@ def promotes(
     group_neurons(model)
     row = architecture_of(model.config)
     token_map = next((m for m in row.maps if m.name == map_name and m.projection != "qkv"), None)
-    blocks = model.base_model.get_submodule(row.blocks)
+    blocks = row.blocks_of(model)
     groups = read_groups(blocks[block], token_map) if token_map is not None and 0 <= block < len(blocks) else {}
     part = next(part.tensor for part in (token_map or row.maps[0]).parts if part.axis == 1)
     if group not in groups or not 0 <= index < groups[group][part].shape[1]:
@@ -190,10 +190,9 @@ def promotes(
             f"residual stream; the model has {len(blocks)} blocks"
         )
     value = groups[group][part][:, index] * math.copysign(1.0, weight)
-    inside = {id(module) for module in blocks.modules()}
-    norms = [m for m in model.base_model.modules() if "Norm" in type(m).__name__ and id(m) not in inside]
-    if norms:
-        value = norms[-1](value) - norms[-1](torch.zeros_like(value))
+    norm = row.final_norm_of(model)
+    if norm is not None:
+        value = norm(value) - norm(torch.zeros_like(value))
     logits = nn.functional.linear(value, model.get_output_embeddings().weight)
     return tuple(logits.topk(min(top, len(logits))).indices.tolist())
 

@@ -23,8 +23,8 @@ from tokenformer.checkpoints.lineage import Lineage
 from tokenformer.checkpoints.optimizer import load_states
 from tokenformer.checkpoints.rewrite import merge_checkpoints, open_checkpoint, rewrite
 from tokenformer.errors import CheckpointError, GrowthError
-from tokenformer.growth.architectures import token_groups
-from tokenformer.growth.freeze import freeze_only, parts
+from tokenformer.growth.architectures import group_names
+from tokenformer.growth.freeze import freeze_only, trainable_parts
 from tokenformer.growth.groups import consolidate_operation, drop_operation, merge
 from tokenformer.growth.grow import grow_operation
 from tokenformer.growth.operations import apply
@@ -48,7 +48,7 @@ MODELS = {
 
 def operations(config, dtype):
     """Every operation that is possible, the same each time it is asked for."""
-    names = [group["name"] for group in token_groups(config)]
+    names = group_names(config)
     seeded = {"seed": 5, "dtype": dtype}
     yield grow_operation(config, **seeded, ffn_param_tokens="+25%", num_hidden_layers="+2")
     if config.model_type == "tokenformer":
@@ -127,7 +127,7 @@ def test_the_optimizers_state_moves_along(kind, frozen, tmp_path):
     states = with_states(tmp_path / "c", model, frozen)
     objects = {id(p): n for n, p in model.named_parameters()}
     source = open_checkpoint(tmp_path / "c")
-    (other,) = [g["name"] for g in token_groups(model.config)][1:]
+    (other,) = group_names(model.config)[1:]
     for i, operation in enumerate(operations(source.config, source.dtype)):
         folder = tmp_path / f"{operation.name}{i}"
         rewrite(source, folder, operation)
@@ -165,7 +165,7 @@ def test_merged_tokens_keep_the_state_of_the_child_they_come_from(tmp_path):
     for name in "ab":
         model = copy.deepcopy(parent)
         grow(model, ffn_param_tokens="+5", name=name)
-        states[name] = with_states(tmp_path / name, model, [p for p in parts(model) if p != name])
+        states[name] = with_states(tmp_path / name, model, [p for p in trainable_parts(model) if p != name])
         link(tmp_path / name, tmp_path / "parent")
     merge_checkpoints(open_checkpoint(tmp_path / "a"), open_checkpoint(tmp_path / "b"), tmp_path / "ab")
     assert same_states(load_states(tmp_path / "ab"), states["a"] | states["b"])
@@ -314,7 +314,7 @@ def test_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
         process.stdout.close()
         assert before == {f.name: f.read_bytes() for f in (tmp_path / "c").iterdir()}
         if (tmp_path / "out").exists():
-            assert [g["name"] for g in token_groups(load_checkpoint(tmp_path / "out")[0].config)] == ["base"]
+            assert group_names(load_checkpoint(tmp_path / "out")[0].config) == ["base"]
             shutil.rmtree(tmp_path / "out")
 
 

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig
 from transformers.models.auto import AutoModelForCausalLM
 
 from tokenformer.errors import GrowthError
-from tokenformer.growth.importance import GroupUse, Importance, kept, measure, ranked, token_weights
+from tokenformer.growth.importance import GroupUse, Importance, kept, measure, ranked, watched_weights
 from tokenformer.growth.neurons import group_neurons
 from tokenformer.models.fused import token_weights as weights_of
 
@@ -124,7 +124,7 @@ def test_closed_groups_have_no_weight():
         torch.nn.init.zeros_(block.mlp.gates["more"].bias)
     ids, seen = tokens(), {}
     outside = model(ids).logits
-    with token_weights(model, lambda block, token_map, weights: seen.update({block: weights})):
+    with watched_weights(model, lambda block, token_map, weights: seen.update({block: weights})):
         torch.testing.assert_close(model(ids).logits, outside, rtol=1e-4, atol=1e-4)
     x = []
     handle = model.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: x.append(args[0]))

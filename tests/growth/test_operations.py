@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from tokenformer import grow
 from tokenformer.errors import GrowthError
-from tokenformer.growth.architectures import token_groups
-from tokenformer.growth.freeze import freeze, parts, unfreeze
+from tokenformer.growth.architectures import group_names, token_groups
+from tokenformer.growth.freeze import freeze, trainable_parts, unfreeze
 from tokenformer.growth.groups import consolidate, drop, merge
 
 # peft 0.21 still asks transformers 5.23 for the old name of activation checkpointing.
@@ -55,13 +55,11 @@ class History:
 
     def consolidate(self):
         config = self.model.config
-        names = [group["name"] for group in token_groups(config) if not group.get("blocks")]
+        names = [group.name for group in token_groups(config) if not group.blocks]
         if len(names) > 1 and getattr(config, "token_group_norm", None) != "per_group":
             before, size = logits(self.model), self.model.num_parameters()
             consolidate(self.model, names)
-            assert (
-                self.model.num_parameters() == size and len({*names} & {g["name"] for g in token_groups(config)}) == 1
-            )
+            assert self.model.num_parameters() == size and len({*names} & {*group_names(config)}) == 1
             close(logits(self.model), before)
             self.earlier = []
 
@@ -120,7 +118,7 @@ def test_blocks_vanish_with_their_group_after_several_depth_growths(kind):
     second = facts(model)
     grow(model, num_hidden_layers="+100%", ffn_param_tokens="+4", name="b")
     train_only(model, "b")
-    owned = {g["name"]: g["blocks"] for g in token_groups(model.config) if "blocks" in g}
+    owned = {group.name: group.blocks for group in token_groups(model.config) if group.blocks}
     depth = model.config.num_hidden_layers
     assert not {*owned["a"]} & {*owned["b"]} and len(owned["a"]) == 2 and 2 * len(owned["b"]) == depth
     youngest = copy.deepcopy(model)
@@ -132,7 +130,7 @@ def test_blocks_vanish_with_their_group_after_several_depth_growths(kind):
     drop(model, ["a"])
     assert model.config.num_hidden_layers == depth - 2 == len(model.base_model.layers)
     assert [m.layer_idx for m in model.modules() if hasattr(m, "layer_idx")] == list(range(depth - 2))
-    assert len(token_groups(model.config)[-1]["blocks"]) == len(owned["b"]) and logits(model).isfinite().all()
+    assert len(token_groups(model.config)[-1].blocks) == len(owned["b"]) and logits(model).isfinite().all()
 
 
 @every_kind
@@ -152,7 +150,7 @@ def test_three_children_with_two_groups_each_merge_one_after_the_other():
     merged = copy.deepcopy(children[0])
     for other in children[1:]:
         merge(merged, other, norm="joint")
-    assert [g["name"] for g in token_groups(merged.config)] == ["base", "a1", "a2", "b1", "b2", "c1", "c2"]
+    assert group_names(merged.config) == ["base", "a1", "a2", "b1", "b2", "c1", "c2"]
     drop(merged, ["a1", "a2", "c2", "c1"])
     assert same(facts(merged), facts(children[1]))
 
@@ -211,7 +209,7 @@ def test_children_that_were_loaded_merge_with_those_in_memory(tmp_path):
     a, b = child(tiny(), "a"), child(tiny(), "b")
     b.save_pretrained(tmp_path)
     merge(a, AutoModelForCausalLM.from_pretrained(tmp_path))
-    assert [g["name"] for g in token_groups(a.config)] == ["base", "a", "b"]
+    assert group_names(a.config) == ["base", "a", "b"]
 
 
 @pytest.mark.parametrize("kind", ["paper", "ffn", "gelu", "llama"])
@@ -220,14 +218,14 @@ def test_consolidating_concatenates_in_the_order_of_the_groups(kind):
     for name in ("a", "b"):
         grow(model, ffn_param_tokens="+5", name=name)
         train_only(model, name)
-    before, groups = facts(model), parts(model)
+    before, groups = facts(model), trainable_parts(model)
     consolidate(model, ["b", "a"], name="both")
-    assert [g["name"] for g in token_groups(model.config)] == ["base", "both"]
+    assert group_names(model.config) == ["base", "both"]
     close(logits(model), before["logits"])
-    assert sum(p.numel() for p in parts(model)["both"]) == sum(p.numel() for n in "ab" for p in groups[n])
-    assert all(p is q for p, q in zip(parts(model)["base"], groups["base"], strict=True))
+    assert sum(p.numel() for p in trainable_parts(model)["both"]) == sum(p.numel() for n in "ab" for p in groups[n])
+    assert all(p is q for p, q in zip(trainable_parts(model)["base"], groups["base"], strict=True))
     consolidate(model)
-    assert [g["name"] for g in token_groups(model.config)] == ["base"]
+    assert group_names(model.config) == ["base"]
     close(logits(model), before["logits"])
 
 
@@ -235,7 +233,7 @@ def test_consolidating_concatenates_in_the_order_of_the_groups(kind):
 def test_freezing_and_back(kind):
     model = KINDS[kind]()
     grow(model, ffn_param_tokens="+8", num_hidden_layers="+1", name="new")
-    inside = parts(model)
+    inside = trainable_parts(model)
     assert {id(p) for ps in inside.values() for p in ps} == {id(p) for p in model.parameters()}
     assert sum(map(len, inside.values())) == len(list(model.parameters()))
     for name in inside:

@@ -22,8 +22,8 @@ from transformers import (
 
 from tokenformer import grow
 from tokenformer.checkpoints.checkpoint import load_checkpoint
-from tokenformer.growth.architectures import ARCHITECTURES, places, token_groups
-from tokenformer.growth.freeze import parts
+from tokenformer.growth.architectures import ARCHITECTURES, group_names, places, token_groups
+from tokenformer.growth.freeze import trainable_parts
 from tokenformer.growth.groups import consolidate, drop, merge
 from tokenformer.growth.neurons import GroupedLinear, group_neurons
 
@@ -173,7 +173,9 @@ def test_only_the_new_neurons_move(name):
     train_only(model, "new")
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     new = {n for n in before if ".groups.new." in n}
-    assert moved == new and {id(p) for p in parts(model)["new"]} == {id(dict(model.named_parameters())[n]) for n in new}
+    assert moved == new and {id(p) for p in trainable_parts(model)["new"]} == {
+        id(dict(model.named_parameters())[n]) for n in new
+    }
 
 
 def test_plain_transformers_loads_what_was_grown(tmp_path):
@@ -233,7 +235,7 @@ def test_children_of_an_ordinary_parent_merge(name):
         train_only(model, group)
     other = facts(b)
     merge(a, b)
-    assert same(facts(b), other) and [g["name"] for g in token_groups(a.config)] == ["base", "a", "b"]
+    assert same(facts(b), other) and group_names(a.config) == ["base", "a", "b"]
     drop(a, ["a"])
     assert same(facts(a), other)
     consolidate(a)

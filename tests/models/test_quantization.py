@@ -80,7 +80,7 @@ def test_tokens_grown_beside_quantised_ones_change_no_bit(scheme, tmp_path):
     before = logits(int8)
     grow(int8, qkv_param_tokens="+8", ffn_param_tokens="+50%", name="most")
     assert torch.equal(logits(int8), before)
-    with pytest.raises(GrowthError, match=r"cannot add blocks.*Int8Tensor.*grow before quantising"):
+    with pytest.raises(GrowthError, match=r"cannot add blocks.*Int8Tensor.*before it is quantised"):
         grow(int8, num_hidden_layers="+1")
     assert torch.equal(logits(int8), before)
 

@@ -7,16 +7,16 @@ from group_operations import ordinary
 from tiny_models import tiny
 from typer.testing import CliRunner
 
-from tokenformer import drop, grow, prune, route, slice
+from tokenformer import consolidate, drop, freeze, grow, prune, route, shrink, sort
 from tokenformer.checkpoints.checkpoint import load_checkpoint, read_config, save_checkpoint
 from tokenformer.checkpoints.lineage import Lineage
 from tokenformer.checkpoints.optimizer import load_states
 from tokenformer.cli import app as cli
 from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.errors import GrowthError, RecipeError
-from tokenformer.growth.architectures import token_groups
-from tokenformer.growth.freeze import freeze_only
-from tokenformer.growth.select import take
+from tokenformer.growth.architectures import group_names, token_groups
+from tokenformer.growth.freeze import freeze_only, trainable_parts
+from tokenformer.growth.route import route_operation
 from tokenformer.models.pattention import Pattention
 from tokenformer.training.recipe import parse_recipe
 from tokenformer.training.train import train
@@ -163,15 +163,39 @@ def blocks(seed=0, rows=6):
 
 
 @pytest.mark.parametrize("make", [tiny, lambda: tiny("ffn"), ordinary], ids=["paper", "ffn", "llama"])
-def test_a_sliced_model_is_the_same_and_its_prefixes_are_models(make):
+def test_a_sorted_model_is_the_same_and_its_prefixes_are_models(make):
     model, ids = make(), torch.tensor(blocks(1)["input_ids"])
     before = model(ids).logits
-    slice(model, blocks())
+    sort(model, blocks())
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
-    whole = {g["name"]: g["ffn"] for g in token_groups(model.config)}
-    take(model, 0.5)
-    assert token_groups(model.config)[0]["ffn"] == -(-whole["base"] // 2)
+    whole = {group.name: group.count("ffn", 0) for group in token_groups(model.config)}
+    shrink(model, 0.5)
+    assert token_groups(model.config)[0].count("ffn", 0) == -(-whole["base"] // 2)
     assert model(ids).logits.isfinite().all() and not torch.allclose(model(ids).logits, before)
+
+
+CHANGES = {
+    "prune": lambda model: prune(model, blocks(), keep=0.5),
+    "sort": lambda model: sort(model, blocks()),
+    "shrink": lambda model: shrink(model, 0.5),
+    "consolidate": lambda model: consolidate(model, ["base", "a"], name="both"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("make", [lambda: tiny("ffn"), ordinary], ids=["ffn", "llama"])
+def test_what_was_frozen_stays_frozen_in_memory_and_when_it_was_saved(make, change, tmp_path):
+    model = make()
+    for name in ("a", "b"):
+        grow(model, ffn_param_tokens="+8", name=name)
+    freeze(model, ["base", "a"])
+    CHANGES[change](model)
+    frozen = {"both"} if change == "consolidate" else {"base", "a"}
+    save_checkpoint(tmp_path / "c", model, None, Lineage())
+    for found in (model, load_checkpoint(tmp_path / "c")[0]):
+        trains = {name: {p.requires_grad for p in parts} for name, parts in trainable_parts(found).items() if parts}
+        assert {name for name in group_names(found.config) if trains[name] == {False}} == frozen
+        assert trains["b"] == {True} and set(found.config.frozen) == frozen
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -234,9 +258,35 @@ def test_gates_are_fitted_to_tell_texts_apart_and_close_to_the_last_bit():
     freeze_only(model, [])
 
 
+def grown(model, **growth):
+    grow(model, **growth, name="new")
+    return model
+
+
+def texts():
+    return blocks(), blocks(1)
+
+
+def test_fitting_gates_leaves_the_model_as_it_is_until_they_are_put_on():
+    model = grown(tiny("ffn"), ffn_param_tokens="+8")
+    before, parameters = dict(model.state_dict()), list(model.parameters())
+    operation, _ = route_operation(model, "new", *texts())
+    assert dict(model.state_dict()).keys() == before.keys() and operation.config.token_groups[-1]["routed"]
+    route(model, "new", *texts())
+    assert all(any(p is q for q in model.parameters()) for p in parameters)
+
+
 def test_routing_is_refused_where_there_is_nothing_else():
-    with pytest.raises(GrowthError, match="all that some layers have"):
+    with pytest.raises(GrowthError, match="nothing would be left"):
         route(tiny("ffn"), "base", blocks(), blocks(1))
+    with pytest.raises(GrowthError, match="came with blocks 1, which gates cannot close"):
+        route(grown(tiny("ffn", num_hidden_layers=1), ffn_param_tokens="+8", num_hidden_layers="+1"), "new", *texts())
+    with pytest.raises(GrowthError, match="came with blocks 1"):
+        route(grown(tiny("ffn", num_hidden_layers=1), num_hidden_layers="+1"), "new", *texts())
+    model = grown(tiny("ffn"), ffn_param_tokens="+8")
+    route(model, "new", *texts())
+    with pytest.raises(GrowthError, match="no other gate is open"):
+        route(model, "base", *texts())
     with pytest.raises(GrowthError, match="only a TokenFormer"):
         route(ordinary(), "base", blocks(), blocks(1))
     with pytest.raises(GrowthError, match="there is no token group 'x'"):

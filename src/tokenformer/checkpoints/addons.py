@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, GrowthError
-from ..growth.architectures import Group, Groups, TokenMap, architecture_of, check_known, places, token_groups
+from ..growth.architectures import Groups, TokenMap, architecture_of, check_known, group_names, places, token_groups
 from ..growth.groups import is_normalised, merge_operation
 from ..growth.neurons import group_neurons
 from ..growth.operations import Operation, apply
@@ -39,7 +39,7 @@ class Addon:
         tensors: digest of the group's.
     """
 
-    group: Group
+    group: dict[str, Any]
     model_type: str
     taus: dict[str, float | None]
     norm: str | None
@@ -78,8 +78,8 @@ def split_state(config: Any, state: State, group: str, output: str | Path, *, fo
             "name a file elsewhere"
         )
     check_known(config, [group])
-    listed = {entry["name"]: entry for entry in token_groups(config)}
-    if listed[group].get("blocks"):
+    listed = {entry.name: entry for entry in token_groups(config)}
+    if listed[group].blocks:
         raise GrowthError(f"token group {group!r} came with blocks of its own, which an add-on cannot carry")
     others = [name for name in listed if name != group]
     if not others:
@@ -94,7 +94,7 @@ def split_state(config: Any, state: State, group: str, output: str | Path, *, fo
     check_finite(tensors, f"token group {group!r}")
     parent, own_digest = content_digest(config, state, others), tensors_digest(tensors)
     norm = config.token_group_norm if is_normalised(config) else None
-    addon = Addon(listed[group], config.model_type, taus, norm, others, parent, own_digest)
+    addon = Addon(listed[group].to_config(), config.model_type, taus, norm, others, parent, own_digest)
     with replacing_file(file, force=force) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", _KEY: json.dumps(vars(addon))})
     return file
@@ -120,7 +120,7 @@ def attach_operation(config: Any, state: State, file: str | Path, *, name: str |
     """Return what `attach` does to a model with these tensors; errors as there."""
     addon, tensors = _read(Path(file))
     _check_parent(config, state, addon, Path(file))
-    taken = [entry["name"] for entry in token_groups(config)]
+    taken = group_names(config)
     target = name or addon.group["name"]
     if target in taken:
         raise GrowthError(f"token group {target!r} exists already, beside {', '.join(taken)}; choose another name")
@@ -138,7 +138,7 @@ def attach_operation(config: Any, state: State, file: str | Path, *, name: str |
     rename = {addon.group["name"]: target} if name else None
     operation = merge_operation(config, theirs, read, rename=rename, norm=addon.norm)
     arguments = {"addon": Path(file).name, "groups": [target], "parent": addon.parent}
-    return Operation("attach", operation.config, operation.change, operation.blocks, operation.moments, (), arguments)
+    return replace(operation, name="attach", arguments=arguments)
 
 
 def _read(file: Path) -> tuple[Addon, Mapping[str, Tensor]]:
@@ -163,5 +163,5 @@ def _check_parent(config: Any, state: State, addon: Addon, file: Path) -> None:
         raise GrowthError(
             f"{file} belongs to another parent: the weights that it grew on have sha256 {addon.parent[:12]}… (token "
             f"groups {', '.join(addon.parent_groups)}), the same of this model {digest[:12]}… (it has "
-            f"{', '.join(g['name'] for g in token_groups(config))}). Attach it to the checkpoint it was split from"
+            f"{', '.join(group_names(config))}). Attach it to the checkpoint it was split from"
         )

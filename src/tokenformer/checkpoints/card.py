@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from .. import cost
-from ..growth.architectures import Group, token_groups
+from ..growth.architectures import GroupEntry, token_groups
 from .lineage import Event, Lineage
 
 _LOADING = """\
@@ -41,8 +41,8 @@ def model_card(config: Any, lineage: Lineage, *, license: str | None = None) -> 
     ours = config.model_type == "tokenformer"
     tokens, parameters = cost.group_tokens(config), cost.group_parameters(config)
     groups = [
-        f"| {g['name']} | {_counts(g)} | {tokens[g['name']]:,} | {parameters[g['name']]:,} |"
-        for g in token_groups(config)
+        f"| {group.name} | {_counts(group)} | {tokens[group.name]:,} | {parameters[group.name]:,} |"
+        for group in token_groups(config)
     ]
     last = lineage.last
     texts = list(dict.fromkeys(str(event.data["source"]) for event in lineage.history if event.data))
@@ -82,12 +82,12 @@ def model_card(config: Any, lineage: Lineage, *, license: str | None = None) -> 
     return "\n\n".join(lines) + "\n"
 
 
-def _counts(group: Group) -> str:
+def _counts(group: GroupEntry) -> str:
     """Write how many parameter tokens a group has in a query, key or value map, an output, a feed-forward."""
-    counts = {name: n for name, n in group.items() if name not in ("name", "blocks", "routed") and n}
-    told = [f"{name} {min(n)} to {max(n)}" if isinstance(n, list) else f"{name} {n:,}" for name, n in counts.items()]
-    blocks = [f"blocks {', '.join(map(str, group['blocks']))}"] if group.get("blocks") else []
-    return ", ".join([*told, *blocks, *(["routed"] if group.get("routed") else [])])
+    counts = {projection: group.over(projection) for projection in group.counts if any(group.over(projection))}
+    told = [f"{p} {min(n):,}" if min(n) == max(n) else f"{p} {min(n):,} to {max(n):,}" for p, n in counts.items()]
+    blocks = [f"blocks {', '.join(map(str, group.blocks))}"] if group.blocks else []
+    return ", ".join([*told, *blocks, *(["routed"] if group.routed else [])])
 
 
 def _loss(event: Event) -> str:

@@ -26,7 +26,7 @@ from ..errors import CheckpointError, TokenizerError
 from ..growth.architectures import ARCHITECTURES, architecture_of
 from ..growth.freeze import freeze
 from ..growth.neurons import group_neurons
-from ..growth.select import take
+from ..growth.select import shrink
 from .card import model_card
 from .files import add_file, files_digest, recover, replacing_folder, sync
 from .lineage import Lineage
@@ -144,7 +144,7 @@ def load_checkpoint(
         raise CheckpointError(f"checkpoint {path} does not fit its own config.json: {problems}")
     group_neurons(model)
     if keep != 1:
-        take(model, keep)
+        shrink(model, keep)
     freeze(model, getattr(model.config, "frozen", None) or [])
     return model.eval(), load_tokenizer(path, model.config), lineage
 

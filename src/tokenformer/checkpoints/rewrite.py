@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ..errors import CheckpointError, GrowthError
-from ..growth.architectures import Groups, TokenMap, architecture_of, token_groups
+from ..growth.architectures import Groups, TokenMap, architecture_of, group_names
 from ..growth.groups import check_siblings, merge_operation
 from ..growth.operations import Operation
 from ..growth.state import States, check_finite, move_states, read_map, rewritten
@@ -112,7 +112,6 @@ def rewrite(
     force: bool = False,
     on_progress: OnProgress = lambda done, total: None,
     more_states: States | None = None,
-    same_loss: bool = False,
     **event: Any,
 ) -> Lineage:
     """Write what `operation` makes of a checkpoint as a new one, whose lineage says so.
@@ -124,7 +123,6 @@ def rewrite(
         force: replace what stands at `output`.
         on_progress: called with bytes written so far and in all.
         more_states: the optimizer's states of parameters that come from elsewhere.
-        same_loss: the loss stays what it was.
         event: further fields of the lineage's event.
 
     Returns:
@@ -147,7 +145,7 @@ def rewrite(
 
     def lineage() -> Lineage:
         last = source.lineage.last
-        losses = {"loss": last.loss, "bits_per_byte": last.bits_per_byte} if same_loss else {}
+        losses = {"loss": last.loss, "bits_per_byte": last.bits_per_byte} if operation.keeps_outputs else {}
         return source.lineage.then(operation.name, arguments=operation.arguments, **losses, **event)
 
     def keep(folder: Path) -> None:
@@ -196,8 +194,8 @@ def merge_checkpoints(
         )
     check_siblings(source.config, source.tensors, other.config, other.tensors, rename=rename)
     operation = merge_operation(source.config, other.config, other.read, rename=rename, norm=norm)
-    ours = [group["name"] for group in token_groups(source.config)]
-    theirs = {g["name"]: (rename or {}).get(g["name"], g["name"]) for g in token_groups(other.config)}
+    ours = group_names(source.config)
+    theirs = {name: (rename or {}).get(name, name) for name in group_names(other.config)}
     states = {
         parameter.replace(f".groups.{old}.", f".groups.{new}."): state
         for parameter, state in load_states(other.path).items()

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..growth.architectures import GroupEntry
 
 groups = typer.Typer()
 Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output.")]
@@ -49,11 +52,7 @@ def grow(
     force: Force = False,
 ) -> None:
     """Make a model bigger, a TokenFormer or an ordinary transformer; its outputs stay the same."""
-    import torch
-
     from ..growth.grow import grow_operation
-
-    torch.manual_seed(seed)
 
     def operation(source: Any) -> Any:
         return grow_operation(
@@ -64,12 +63,12 @@ def grow(
             ffn_param_tokens=ffn_param_tokens,
             num_hidden_layers=num_hidden_layers,
             name=name,
-            token_group_norm=norm.replace("-", "_") if norm else None,
-            seed=int(torch.randint(2**62, ())),
+            norm=norm.replace("-", "_") if norm else None,
+            seed=seed,
             dtype=source.dtype,
         )
 
-    _rewrite(checkpoint, output, operation, force=force, same=True, seed=seed)
+    _rewrite(checkpoint, output, operation, force=force, seed=seed)
 
 
 @groups.command()
@@ -77,7 +76,7 @@ def freeze(checkpoint: Checkpoint, parts: Parts, output: Output, force: Force = 
     """Mark parts of a checkpoint that training must not move."""
     from ..growth.freeze import freeze_operation
 
-    _rewrite(checkpoint, output, lambda source: freeze_operation(source.config, parts), force=force, same=True)
+    _rewrite(checkpoint, output, lambda source: freeze_operation(source.config, parts), force=force)
 
 
 @groups.command()
@@ -85,7 +84,7 @@ def unfreeze(checkpoint: Checkpoint, parts: Parts, output: Output, force: Force 
     """Let parts of a checkpoint train again."""
     from ..growth.freeze import unfreeze_operation
 
-    _rewrite(checkpoint, output, lambda source: unfreeze_operation(source.config, parts), force=force, same=True)
+    _rewrite(checkpoint, output, lambda source: unfreeze_operation(source.config, parts), force=force)
 
 
 @groups.command()
@@ -113,7 +112,7 @@ def consolidate(
     from ..growth.groups import consolidate_operation
 
     operation = lambda source: consolidate_operation(source.config, names or None, name=name)  # noqa: E731
-    _rewrite(checkpoint, output, operation, force=force, same=True)
+    _rewrite(checkpoint, output, operation, force=force)
 
 
 @groups.command()
@@ -208,11 +207,30 @@ def prune(
 
 
 @groups.command()
-def slice(checkpoint: Checkpoint, output: Output, text: Text, force: Force = False) -> None:
-    """Sort parameter tokens by importance, so that any prefix is a model: --keep when loading."""
-    from ..growth.select import slice_operation
+def sort(checkpoint: Checkpoint, output: Output, text: Text, force: Force = False) -> None:
+    """Sort parameter tokens by importance, so that any prefix is a model: `shrink`, or --keep when loading."""
+    from ..growth.select import sort_operation
 
-    _select(checkpoint, output, text, slice_operation, force=force)
+    _select(checkpoint, output, text, sort_operation, force=force)
+
+
+@groups.command(deprecated=True)
+def slice(checkpoint: Checkpoint, output: Output, text: Text, force: Force = False) -> None:
+    """Is called `sort` now, and goes with the next release."""
+    sort(checkpoint, output, text, force)
+
+
+@groups.command()
+def shrink(
+    checkpoint: Checkpoint,
+    output: Output,
+    keep: Annotated[float, typer.Option(help="Share of each token group to keep.")],
+    force: Force = False,
+) -> None:
+    """Keep the first share of each token group, of a checkpoint that `sort` has sorted."""
+    from ..growth.select import shrink_operation
+
+    _rewrite(checkpoint, output, lambda source: shrink_operation(source.config, keep), force=force)
 
 
 @groups.command()
@@ -225,26 +243,25 @@ def route(
     force: Force = False,
 ) -> None:
     """Let a token group take part only for text of its kind."""
+    from dataclasses import replace
+
     import datasets
 
-    from ..checkpoints.checkpoint import save_checkpoint
     from ..checkpoints.files import check_target
-    from ..growth.route import route as run
+    from ..growth.route import route_operation
 
     check_target(output, force=force)
-    model, tokenizer, lineage, sample = _judged(checkpoint)
+    model, _, _, sample = _judged(checkpoint)
     own_blocks, other_blocks = (datasets.concatenate_datasets([sample(s) for s in kind]) for kind in (own, other))
-    routing = run(model, group, own_blocks, other_blocks)
-    arguments = {"group": group, "own": own, "other": other}
-    save_checkpoint(output, model, tokenizer, lineage.then("route", arguments=arguments), force=force)
-    console = Console()
-    console.print(
+    found, routing = route_operation(model, group, own_blocks, other_blocks)
+    operation = replace(found, arguments={"group": group, "own": own, "other": other})
+    _rewrite(checkpoint, output, lambda source: operation, force=force)
+    Console().print(
         f"{group} takes part for {routing.open_on_own:.1%} of its own text and {routing.open_on_other:.1%} of the "
         "other, mean over its gates",
         highlight=False,
         soft_wrap=True,
     )
-    _report(console, ("before", checkpoint), ("after", output))
 
 
 @groups.command()
@@ -277,8 +294,8 @@ def inspect(
         table.add_column(column, justify="left" if column in ("group", "") else "right")
     tokens, counts = cost.group_tokens(config), cost.group_parameters(config)
     for group in token_groups(config):
-        n = group["name"]
-        sizes = [f"{min(c)}–{max(c)}" if isinstance(c, list) else str(c) for c in (group[p] for p in projections)]
+        n, counts_of = group.name, [group.over(projection) for projection in projections]
+        sizes = [f"{min(c)}–{max(c)}" if min(c) < max(c) else str(max(c)) for c in counts_of]
         table.add_row(
             n, *sizes, f"{tokens[n]:,}", f"{counts[n]:,}", f"{counts[n] * width / 1e6:,.1f}", _notes(config, group)
         )
@@ -319,10 +336,8 @@ def rewriting(console: Console) -> Iterator[Callable[[int, int], None]]:
             raise typer.Exit(130) from None
 
 
-def _rewrite(
-    checkpoint: Path, output: Path, operation: Callable[[Any], Any], *, force: bool, same: bool = False, **event: Any
-) -> None:
-    """Do to the files of a checkpoint what `operation` says of it; `same`: its loss stays what it was."""
+def _rewrite(checkpoint: Path, output: Path, operation: Callable[[Any], Any], *, force: bool, **event: Any) -> None:
+    """Do to the files of a checkpoint what `operation` says of it."""
     from ..checkpoints.files import check_target
     from ..checkpoints.rewrite import open_checkpoint, rewrite
     from ..quiet import quiet_libraries
@@ -331,7 +346,7 @@ def _rewrite(
     check_target(output, force=force)
     source, console = open_checkpoint(checkpoint), Console()
     with rewriting(console) as on_progress:
-        rewrite(source, output, operation(source), force=force, on_progress=on_progress, same_loss=same, **event)
+        rewrite(source, output, operation(source), force=force, on_progress=on_progress, **event)
     _report(console, ("before", checkpoint), ("after", output))
 
 
@@ -396,10 +411,12 @@ def _report(console: Console, *rows: tuple[str, Path]) -> None:
     console.print(f"Written: {rows[-1][1]}", markup=False, soft_wrap=True)
 
 
-def _notes(config: Any, group: dict[str, Any]) -> str:
-    notes = [f"with blocks {', '.join(map(str, group['blocks']))}"] if group.get("blocks") else []
-    notes += ["routed"] if group.get("routed") else []
-    return ", ".join([*notes, *(["frozen"] if group["name"] in (getattr(config, "frozen", None) or []) else [])])
+def _notes(config: Any, group: GroupEntry) -> str:
+    from ..growth.architectures import frozen_names
+
+    notes = [f"with blocks {', '.join(map(str, group.blocks))}"] if group.blocks else []
+    notes += ["routed"] if group.routed else []
+    return ", ".join([*notes, *(["frozen"] if group.name in frozen_names(config) else [])])
 
 
 def _width(config: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -76,12 +76,12 @@ def grow_by(model: Any, states: OptimizerState, method: str, *, seed: int, **amo
         return row.grow(model, states_by_group(model, states), **asked)
 
 
-def _exact(model: Any, states: OptimizerState, **amounts: Any) -> Grown:
+def _exact(model: Any, states: OptimizerState, *, token_group_norm: str | None = None, **amounts: Any) -> Grown:
     """`tokenformer.grow`: bit for bit the same outputs.
 
     Of a GPT-NeoX: neurons whose output columns are zero; blocks whose last maps are zero (LLaMA Pro, arXiv 2401.02415).
     """
-    return model, grow_with_states(model, states, **amounts)
+    return model, grow_with_states(model, states, norm=token_group_norm, **amounts)
 
 
 def _departing(
@@ -97,7 +97,7 @@ def _departing(
             "τ can be recomputed where one norm is taken over all tokens; this model has norm_activation_type "
             f"{config.norm_activation_type!r} and token_group_norm {config.token_group_norm!r}"
         )
-    model, states = _exact(model, states, **counts)
+    model, states = model, grow_with_states(model, states, **counts)
     new = config.token_groups[-1]["name"]
     for projection, layers in model.pattention_layers.items():
         total = getattr(config, f"{projection}_param_tokens")
@@ -125,7 +125,11 @@ def _hyperclone(model: Any, states: OptimizerState, *, factor: int) -> Grown:
     if type(factor) is not int or factor < 2:
         raise GrowthError(f"factor is {factor!r}; hyperclone multiplies the width by a whole number, 2 or more")
     config = model.config
-    groups = [{**group, "ffn": factor * group["ffn"]} for group in token_groups(config)]
+    blocks = range(config.num_hidden_layers)
+    groups = [
+        replace(group, counts={"ffn": tuple(factor * group.count("ffn", block) for block in blocks)})
+        for group in token_groups(config)
+    ]
     sizes = {field: factor * getattr(config, field) for field in ("hidden_size", "num_attention_heads")}
     wider = _fresh(model, with_groups(config, groups, **sizes))
     group_neurons(wider)
@@ -174,7 +178,7 @@ def _stack(model: Any, states: OptimizerState, *, num_hidden_layers: Amount) -> 
             f"num_hidden_layers asked {total}, found {depth}: stacking repeats all blocks; ask for a multiple"
         )
     sources = [block % depth for block in range(total)]
-    old = model.base_model.get_submodule(architecture_of(model.config).blocks)
+    old = architecture_of(model.config).blocks_of(model)
     return _append(model, sources, [copy.deepcopy(old[source]) for source in sources[depth:]]), states
 
 
@@ -187,7 +191,7 @@ def _random_blocks(model: Any, states: OptimizerState, *, num_hidden_layers: Amo
     sources = [min(block, max(depth - 1, 0)) for block in range(total)]
     row, config = architecture_of(model.config), model.config
     new = _fresh(model, with_groups(config, token_groups(config), blocks=sources))
-    return _append(model, sources, new.base_model.get_submodule(row.blocks)[depth:]), states
+    return _append(model, sources, row.blocks_of(new)[depth:]), states
 
 
 def _depths(model: Any, asked: Amount) -> tuple[int, int]:
@@ -202,7 +206,7 @@ def _append(model: Any, sources: list[int], new: Iterable[nn.Module]) -> Any:
     """Put blocks on top; `sources` names for each block afterwards the old one whose token counts it has."""
     config, row = model.config, architecture_of(model.config)
     config.__dict__.update(with_groups(config, token_groups(config), blocks=sources).__dict__)
-    blocks: Any = nn.ModuleList([*model.base_model.get_submodule(row.blocks), *new])
+    blocks: Any = nn.ModuleList([*row.blocks_of(model), *new])
     model.base_model.set_submodule(row.blocks, blocks)
     for number, block in enumerate(blocks):
         for module in block.modules():

@@ -8,19 +8,78 @@ all architectures, and adding an architecture is adding a row to `ARCHITECTURES`
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import GrowthError
-from ..models.configuration_tokenformer import PROJECTIONS, count_at
+from ..models.configuration_tokenformer import PROJECTIONS
 from ..models.pattention import BASE_GROUP, check_group
 
-Group = dict[str, Any]
+# Parameter tokens in every block: one number, or one for each.
+Count = int | tuple[int, ...]
 # The tensors of each token group of one map, by the names that its `Part`s give them.
 Groups = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class GroupEntry:
+    """What a configuration says of one token group.
+
+    Attributes:
+        name: of the group.
+        counts: its parameter tokens for each projection that can have some; 0 where one is not named.
+        blocks: numbers of the blocks that came with it, and go with it.
+        routed: whether gates decide for each text token if it takes part.
+    """
+
+    name: str
+    counts: Mapping[str, Count]
+    blocks: tuple[int, ...] = ()
+    routed: bool = False
+
+    @classmethod
+    def from_config(cls, entry: Mapping[str, Any]) -> GroupEntry:
+        """Read an entry of the configuration field `token_groups`."""
+        counts = {
+            key: tuple(count) if isinstance(count, list) else count
+            for key, count in entry.items()
+            if key not in ("name", "blocks", "routed")
+        }
+        return cls(entry["name"], counts, tuple(entry.get("blocks", ())), bool(entry.get("routed")))
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the entry that `from_config` reads: plain types, one number where all blocks have the same."""
+        entry: dict[str, Any] = {"name": self.name}
+        for projection, count in self.counts.items():
+            each = {count} if isinstance(count, int) else set(count)
+            entry[projection] = each.pop() if len(each) == 1 else list(self.over(projection))
+        return {
+            **entry,
+            **({"routed": True} if self.routed else {}),
+            **({"blocks": list(self.blocks)} if self.blocks else {}),
+        }
+
+    def count(self, projection: str, block: int) -> int:
+        """Parameter tokens in each map of a projection in one block."""
+        count = self.counts.get(projection, 0)
+        return count if isinstance(count, int) else count[block]
+
+    def over(self, projection: str) -> tuple[int, ...]:
+        """Numbers of parameter tokens in the blocks, or the one number that all have."""
+        count = self.counts.get(projection, 0)
+        return (count,) if isinstance(count, int) else count
+
+    def with_blocks(self, blocks: Sequence[int]) -> GroupEntry:
+        """Say of the group what is true once `blocks` (their numbers until now) are the model's blocks."""
+        counts = {
+            projection: count if isinstance(count, int) else tuple(count[block] for block in blocks)
+            for projection, count in self.counts.items()
+        }
+        return GroupEntry(self.name, counts, tuple(blocks.index(block) for block in self.blocks), self.routed)
 
 
 @dataclass(frozen=True)
@@ -63,25 +122,32 @@ class TokenMap:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names of one kind of model.
+    """Where one kind of model keeps what operations on token groups need.
 
     Attributes:
-        prefix: of the base model in the language model.
-        blocks: of the list of blocks in the base model.
+        prefix: name of the base model in the language model.
+        blocks: name of the list of blocks in the base model.
         depth: configuration field that counts them.
+        final_norm: name of the norm after the blocks in the base model.
         counts: configuration field that counts the parameter tokens of each projection.
         maps: those of a block that have parameter tokens.
         last: modules whose outputs are all that a block adds to the residual stream.
         stored: tensors that have another name in files, and that name.
+        open_count: parameter tokens where the configuration leaves their number open, in multiples of the width.
+        why_not_deeper: says of a configuration why a block cannot be inserted without changing the outputs; None where
+            one whose last maps are zero adds nothing, and no block depends on its number.
     """
 
     prefix: str
     blocks: str
     depth: str
+    final_norm: str
     counts: Mapping[str, str]
     maps: tuple[TokenMap, ...]
     last: tuple[str, ...]
     stored: Mapping[str, str] = field(default_factory=dict)
+    open_count: int = 4
+    why_not_deeper: Callable[[PreTrainedConfig], str | None] = lambda config: None
 
     def block_name(self, index: int) -> str:
         """Prefix of the names of a block's tensors in the language model's state dict."""
@@ -91,6 +157,23 @@ class Architecture:
         """Whether a block whose last maps' tensors (name in the block) are zero adds nothing: is this one of them?"""
         inside = any(tensor.startswith(f"{module}.") for module in self.last)
         return inside and ".keys." not in tensor and ".gates." not in tensor
+
+    def depth_of(self, config: PreTrainedConfig) -> int:
+        """Count the blocks."""
+        return int(getattr(config, self.depth))
+
+    def blocks_of(self, model: PreTrainedModel) -> nn.ModuleList:
+        """Return the list of blocks."""
+        return model.base_model.get_submodule(self.blocks)
+
+    def final_norm_of(self, model: PreTrainedModel) -> nn.Module | None:
+        """Return the norm after the blocks; None in a model without."""
+        return dict(model.base_model.named_modules()).get(self.final_norm)
+
+    def count_of(self, config: PreTrainedConfig, projection: str) -> int:
+        """Parameter tokens of a projection in all groups, of the block that has most."""
+        count = getattr(config, self.counts[projection])
+        return self.open_count * config.hidden_size if count is None else count
 
 
 def _pattention(name: str, projection: str) -> TokenMap:
@@ -114,6 +197,7 @@ _GATED = Architecture(
     prefix="model",
     blocks="layers",
     depth="num_hidden_layers",
+    final_norm="norm",
     counts={"ffn": "intermediate_size"},
     maps=_mlp(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
     last=("self_attn.o_proj", "mlp.down_proj"),
@@ -123,6 +207,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         prefix="model",
         blocks="layers",
         depth="num_hidden_layers",
+        final_norm="norm",
         counts={projection: f"{projection}_param_tokens" for projection in PROJECTIONS},
         maps=tuple(_pattention(name, p) for p, names in PROJECTIONS.items() for name in names),
         last=("self_attn.o_proj", "mlp"),
@@ -135,6 +220,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         prefix="gpt_neox",
         blocks="layers",
         depth="num_hidden_layers",
+        final_norm="final_layer_norm",
         counts={"ffn": "intermediate_size"},
         maps=_mlp(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
         last=("attention.dense", "mlp.dense_4h_to_h"),
@@ -144,22 +230,32 @@ ARCHITECTURES: dict[str, Architecture] = {
         prefix="transformer",
         blocks="h",
         depth="n_layer",
+        final_norm="ln_f",
         counts={"ffn": "n_inner"},
         maps=_mlp(("mlp.c_fc",), "mlp.c_proj", transposed=True),  # transformers' Conv1D
         last=("attn.c_proj", "mlp.c_proj"),
+        why_not_deeper=lambda config: (
+            "it scales attention by the number of the block" if config.scale_attn_by_inverse_layer_idx else None
+        ),
     ),
     "opt": Architecture(
         prefix="model",
         blocks="decoder.layers",
         depth="num_hidden_layers",
+        final_norm="decoder.final_layer_norm",
         counts={"ffn": "ffn_dim"},
         maps=_mlp(("fc1",), "fc2"),
         last=("self_attn.out_proj", "fc2"),
+        why_not_deeper=lambda config: (
+            None
+            if config.do_layer_norm_before
+            else "its blocks normalise what they pass on, so that none can be silent"
+        ),
     ),
 }
 
 
-def architecture_of(config: Any) -> Architecture:
+def architecture_of(config: PreTrainedConfig) -> Architecture:
     """Return the row of a model's configuration.
 
     Raises:
@@ -173,38 +269,33 @@ def architecture_of(config: Any) -> Architecture:
     return ARCHITECTURES[config.model_type]
 
 
-def token_groups(config: Any) -> list[Group]:
-    """Return the token groups of any model in the order in which they were added.
-
-    Each is `{"name": …, "qkv": n, "output": n, "ffn": n}`, of the projections that can have parameter tokens; n is a
-    list where blocks differ. "blocks" are those that came with the group; "routed": it has gates.
-    """
+def token_groups(config: PreTrainedConfig) -> list[GroupEntry]:
+    """Return what a configuration says of the token groups of any model, in the order in which they were added."""
     listed = getattr(config, "token_groups", None)
     if listed:
-        return copy.deepcopy(listed)
-    counts = architecture_of(config).counts
-    return [{"name": BASE_GROUP, **{projection: _total(config, count) for projection, count in counts.items()}}]
+        return [GroupEntry.from_config(entry) for entry in listed]
+    row = architecture_of(config)
+    return [GroupEntry(BASE_GROUP, {projection: row.count_of(config, projection) for projection in row.counts})]
 
 
-def count_of(group: Group, projection: str, block: int) -> int:
-    """Parameter tokens of a group in one block."""
-    return count_at(group.get(projection, 0), block)
+def group_names(config: PreTrainedConfig) -> list[str]:
+    """Return the names of the token groups, in the order in which they were added."""
+    return [group.name for group in token_groups(config)]
 
 
-def over_blocks(group: Group, blocks: Sequence[int]) -> Group:
-    """Say of a group what is true once `blocks` (their numbers until now) are the model's blocks."""
-    kept = {key: [n[i] for i in blocks] if isinstance(n, list) and key != "blocks" else n for key, n in group.items()}
-    if "blocks" in group:
-        kept["blocks"] = [blocks.index(i) for i in group["blocks"]]
-    return kept
+def frozen_names(config: PreTrainedConfig) -> list[str]:
+    """Return what a configuration marks as frozen: token groups, and what there is beside them."""
+    return list(getattr(config, "frozen", None) or [])
 
 
-def with_groups(config: Any, groups: list[Group], *, blocks: Sequence[int] | None = None, **fields: Any) -> Any:
+def with_groups(
+    config: PreTrainedConfig, groups: Sequence[GroupEntry], *, blocks: Sequence[int] | None = None, **fields: Any
+) -> PreTrainedConfig:
     """Return a copy of a configuration with other token groups and `fields`; the counts follow.
 
     Args:
         config: of the model until now.
-        groups: as `token_groups` gives them, their blocks numbered as until now.
+        groups: their blocks numbered as until now.
         blocks: where the blocks change, for each one afterwards its number until now.
         fields: further fields to set.
 
@@ -214,15 +305,14 @@ def with_groups(config: Any, groups: list[Group], *, blocks: Sequence[int] | Non
     """
     row = architecture_of(config)
     new = copy.deepcopy(config)
-    new.token_groups = [over_blocks(group, blocks) if blocks is not None else copy.deepcopy(group) for group in groups]
     if blocks is not None:
+        groups = [group.with_blocks(blocks) for group in groups]
         setattr(new, row.depth, len(blocks))
         if getattr(config, "layer_types", None):
             new.layer_types = [config.layer_types[i] for i in blocks]
+    new.token_groups = [group.to_config() for group in groups]
     for projection, count in row.counts.items():
-        totals = [
-            sum(count_of(group, projection, i) for group in new.token_groups) for i in range(getattr(new, row.depth))
-        ]
+        totals = [sum(group.count(projection, i) for group in groups) for i in range(row.depth_of(new))]
         if config.model_type != "tokenformer" and len(set(totals)) > 1:
             raise GrowthError(
                 f"the blocks would have {min(totals)} to {max(totals)} neurons, but a {config.model_type!r} model "
@@ -231,27 +321,28 @@ def with_groups(config: Any, groups: list[Group], *, blocks: Sequence[int] | Non
         if min(totals) == 0 and projection not in (getattr(config, "linear_projections", None) or ()):
             raise GrowthError(
                 f"nothing would be left in the {projection} projection: its token groups are "
-                f"{_names(config)}, and it has no linear map beside them; keep at least one"
+                f"{', '.join(group_names(config))}, and it has no linear map beside them; keep at least one"
             )
         setattr(new, count, max(totals))
-    if getattr(new, "frozen", None):
-        gone = {group["name"] for group in token_groups(config)} - {group["name"] for group in groups}
+    gone = set(group_names(config)) - {group.name for group in groups}
+    if frozen_names(new):
         new.frozen = [name for name in new.frozen if name not in gone]
     for name, value in fields.items():
         setattr(new, name, value)
     return new
 
 
-def check_known(config: Any, names: list[str]) -> None:
+def check_known(config: PreTrainedConfig, names: list[str]) -> None:
     """Raise GrowthError unless every name is that of a token group."""
-    unknown = [name for name in names if name not in [group["name"] for group in token_groups(config)]]
+    there = group_names(config)
+    unknown = [name for name in names if name not in there]
     if unknown:
-        raise GrowthError(f"there is no token group {', '.join(map(repr, unknown))}; there are {_names(config)}")
+        raise GrowthError(f"there is no token group {', '.join(map(repr, unknown))}; there are {', '.join(there)}")
 
 
-def check_new(config: Any, name: str, *, besides: Collection[str] = ()) -> None:
+def check_new(config: PreTrainedConfig, name: str, *, besides: Collection[str] = ()) -> None:
     """Raise GrowthError unless a token group can get this name; `besides` are groups that make room."""
-    taken = [group["name"] for group in token_groups(config) if group["name"] not in besides]
+    taken = [there for there in group_names(config) if there not in besides]
     if name in taken:
         raise GrowthError(f"token group {name!r} exists already, beside {', '.join(taken)}; choose another name")
     try:
@@ -260,18 +351,9 @@ def check_new(config: Any, name: str, *, besides: Collection[str] = ()) -> None:
         raise GrowthError(str(error)) from error
 
 
-def places(config: Any) -> Iterator[tuple[int, TokenMap]]:
+def places(config: PreTrainedConfig) -> Iterator[tuple[int, TokenMap]]:
     """Yield every (block, map) that can have parameter tokens, block after block."""
     row = architecture_of(config)
-    for block in range(getattr(config, row.depth)):
+    for block in range(row.depth_of(config)):
         for token_map in row.maps:
             yield block, token_map
-
-
-def _total(config: Any, field: str) -> int:
-    count = getattr(config, field)
-    return 4 * config.hidden_size if count is None else count  # GPT-2's n_inner
-
-
-def _names(config: Any) -> str:
-    return ", ".join(group["name"] for group in token_groups(config))

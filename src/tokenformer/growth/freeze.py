@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from collections.abc import Collection, Iterable
 
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import GrowthError
-from .architectures import architecture_of, token_groups, with_groups
+from .architectures import architecture_of, frozen_names, group_names, token_groups, with_groups
 from .neurons import group_neurons
 from .operations import Operation, unchanged
 
@@ -16,8 +16,10 @@ from .operations import Operation, unchanged
 EMBEDDING, FINAL_NORM, LINEAR_MAPS = "embedding", "final_norm", "linear_maps"
 
 
-def freeze(model: Any, names: Iterable[str]) -> None:
+def freeze(model: PreTrainedModel, names: Iterable[str]) -> None:
     """Stop these parts of `model` from training: no gradient, no optimizer memory, and they do not move by one bit.
+
+    The model's configuration says so from then on, so that a saved checkpoint keeps it.
 
     Args:
         model: TokenFormer, or an ordinary transformer of an architecture in the table.
@@ -27,59 +29,68 @@ def freeze(model: Any, names: Iterable[str]) -> None:
     Raises:
         GrowthError: a name that the model does not have. Nothing is then frozen.
     """
+    names = list(names)
     _set(model, names, trains=False)
+    _mark(model.config, more=names)
 
 
-def unfreeze(model: Any, names: Iterable[str] | None = None) -> None:
+def unfreeze(model: PreTrainedModel, names: Iterable[str] | None = None) -> None:
     """Let these parts train again, by default all; names and errors as for `freeze`."""
-    _set(model, parts(model) if names is None else names, trains=True)
+    names = list(trainable_parts(model) if names is None else names)
+    _set(model, names, trains=True)
+    _mark(model.config, less=names)
 
 
-def freeze_only(model: Any, names: Iterable[str]) -> None:
-    """Freeze these parts and no others.
+def freeze_only(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Freeze these parts and no others while the model is in memory; its configuration does not say so.
 
     Raises:
         GrowthError: as `freeze`, or nothing would be left to train.
     """
     names = list(names)
-    unfreeze(model)
-    freeze(model, names)
+    _set(model, trainable_parts(model), trains=True)
+    _set(model, names, trains=False)
     if not any(p.requires_grad for p in model.parameters()):
         raise GrowthError(f"freezing {', '.join(names)} leaves nothing to train")
 
 
-def parts(model: Any) -> dict[str, list[nn.Parameter]]:
+def trainable_parts(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
     """Return the parameters of each part that can be frozen; gates are in none, since they never train by gradient."""
     group_neurons(model)
-    row, groups = architecture_of(model.config), token_groups(model.config)
-    inside: dict[str, list[nn.Parameter]] = {
-        **{group["name"]: [] for group in groups},
-        EMBEDDING: [],
-        FINAL_NORM: [],
-        LINEAR_MAPS: [],
-    }
-    owner = {block: group["name"] for group in groups for block in group.get("blocks", ())}
-    for name, parameter in model.base_model.named_parameters():
-        before, found, after = f".{name}".partition(f".{row.blocks}.")
-        if not found or before:
-            norm = any(word in name for word in ("norm", "ln_f"))
-            inside[FINAL_NORM if norm else EMBEDDING].append(parameter)
-        elif ".gates." not in name:
-            block = int(after.partition(".")[0])
-            group = after.partition(".groups.")[2].partition(".")[0]
-            inside[owner.get(block) or group or LINEAR_MAPS].append(parameter)
-    head = model.get_output_embeddings()
-    if head is not None:
-        inside[EMBEDDING] += [p for p in head.parameters() if not any(p is q for q in inside[EMBEDDING])]
+    row = architecture_of(model.config)
+    inside: dict[str, list[nn.Parameter]] = {name: [] for name in _known(model.config)}
+    owner = {block: group.name for group in token_groups(model.config) for block in group.blocks}
+    blocks, norm = row.blocks_of(model), row.final_norm_of(model)
+    for number, block in enumerate(blocks):
+        for name, parameter in block.named_parameters():
+            group = name.partition("groups.")[2].partition(".")[0]
+            inside[owner.get(number) or group or LINEAR_MAPS].append(parameter)
+    inside[FINAL_NORM] = [] if norm is None else list(norm.parameters())
+    elsewhere = {id(p) for p in [*blocks.parameters(), *inside[FINAL_NORM]]}
+    inside[EMBEDDING] = [p for p in model.parameters() if id(p) not in elsewhere]
     return inside
 
 
-def _set(model: Any, names: Iterable[str], *, trains: bool) -> None:
-    known, names = parts(model), list(names)
+def freeze_operation(config: PreTrainedConfig, names: Iterable[str]) -> Operation:
+    """Return the operation that marks parts of a checkpoint, for training to leave alone."""
+    return _marking(config, "freeze", more=list(names))
+
+
+def unfreeze_operation(config: PreTrainedConfig, names: Iterable[str]) -> Operation:
+    """Return the operation that takes such marks away."""
+    return _marking(config, "unfreeze", less=list(names))
+
+
+def _set(model: PreTrainedModel, names: Iterable[str], *, trains: bool) -> None:
+    known, names = trainable_parts(model), list(names)
     _check(names, known)
     for name in names:
         for parameter in known[name]:
             parameter.requires_grad_(trains)
+
+
+def _known(config: PreTrainedConfig) -> list[str]:
+    return [*group_names(config), EMBEDDING, FINAL_NORM, LINEAR_MAPS]
 
 
 def _check(names: Iterable[str], known: Collection[str]) -> None:
@@ -88,24 +99,18 @@ def _check(names: Iterable[str], known: Collection[str]) -> None:
         raise GrowthError(f"frozen names {', '.join(map(repr, unknown))}; this model has {', '.join(known)}")
 
 
-def freeze_operation(config: Any, names: Iterable[str]) -> Operation:
-    """Return the operation that marks parts of a checkpoint, for training to leave alone."""
-    return _marked(config, "freeze", names, lambda marked, name: marked | {name})
+def _mark(config: PreTrainedConfig, *, more: Collection[str] = (), less: Collection[str] = ()) -> None:
+    known = _known(config)
+    _check([*more, *less], known)
+    marked = {*frozen_names(config), *more} - {*less}
+    if marked != set(frozen_names(config)):
+        config.frozen = [name for name in known if name in marked]
 
 
-def unfreeze_operation(config: Any, names: Iterable[str]) -> Operation:
-    """Return the operation that takes such marks away."""
-    return _marked(config, "unfreeze", names, lambda marked, name: marked - {name})
-
-
-def _marked(
-    config: Any, operation: str, names: Iterable[str], change: Callable[[set[str], str], set[str]]
+def _marking(
+    config: PreTrainedConfig, operation: str, *, more: Collection[str] = (), less: Collection[str] = ()
 ) -> Operation:
-    known, names = [*(g["name"] for g in token_groups(config)), EMBEDDING, FINAL_NORM, LINEAR_MAPS], list(names)
-    _check(names, known)
-    marked = set(getattr(config, "frozen", None) or [])
-    for name in names:
-        marked = change(marked, name)
-    new = with_groups(config, token_groups(config), frozen=[name for name in known if name in marked])
-    blocks = range(getattr(config, architecture_of(config).depth))
-    return Operation(operation, new, unchanged, blocks, arguments={"parts": names})
+    new = with_groups(config, token_groups(config))
+    _mark(new, more=more, less=less)
+    blocks = range(architecture_of(config).depth_of(config))
+    return Operation(operation, new, unchanged, blocks, keeps_outputs=True, arguments={"parts": [*more, *less]})

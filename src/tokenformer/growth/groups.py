@@ -1,23 +1,28 @@
 """Operations on whole token groups: drop, consolidate, merge, attach.
 
-Each function changes a model in place; the `…_operation` beside it says the same for `tokenformer.rewrite`, which does
+Each function changes a model in place; the `…_operation` beside it says the same for `checkpoints.rewrite`, which does
 it to the files of a checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import GrowthError
 from .architectures import (
+    GroupEntry,
     Groups,
     TokenMap,
     architecture_of,
     check_known,
     check_new,
+    frozen_names,
+    group_names,
     token_groups,
     with_groups,
 )
@@ -28,7 +33,7 @@ from .state import read_map, shared_differences
 ReadMap = Callable[[int, TokenMap], Groups]
 
 
-def drop(model: Any, names: Iterable[str]) -> None:
+def drop(model: PreTrainedModel, names: Iterable[str]) -> None:
     """Remove token groups, and the blocks that came with them.
 
     Where everything older was frozen while they trained, what is left is the earlier model to the last bit.
@@ -39,18 +44,18 @@ def drop(model: Any, names: Iterable[str]) -> None:
     apply(model, drop_operation(model.config, names))
 
 
-def drop_operation(config: Any, names: Iterable[str]) -> Operation:
+def drop_operation(config: PreTrainedConfig, names: Iterable[str]) -> Operation:
     """Return what `drop` does."""
     names = list(names)
     check_known(config, names)
-    groups, depth = token_groups(config), getattr(config, architecture_of(config).depth)
-    gone = {block for group in groups if group["name"] in names for block in group.get("blocks", ())}
-    blocks = [block for block in range(depth) if block not in gone]
-    left = [group for group in groups if group["name"] not in names]
+    row, groups = architecture_of(config), token_groups(config)
+    gone = {block for group in groups if group.name in names for block in group.blocks}
+    blocks = [block for block in range(row.depth_of(config)) if block not in gone]
+    left = [group for group in groups if group.name not in names]
     taus = {
         f"{projection}_tau": None
-        for projection in architecture_of(config).counts
-        if hasattr(config, f"{projection}_tau") and not any(_count(group, projection) for group in left)
+        for projection in row.counts
+        if hasattr(config, f"{projection}_tau") and not any(any(group.over(projection)) for group in left)
     }
 
     def change(block: int, token_map: TokenMap, old: Groups) -> Groups:
@@ -60,7 +65,7 @@ def drop_operation(config: Any, names: Iterable[str]) -> Operation:
     return Operation("drop", changed, change, blocks, arguments={"groups": names})
 
 
-def consolidate(model: Any, names: Iterable[str] | None = None, *, name: str | None = None) -> None:
+def consolidate(model: PreTrainedModel, names: Iterable[str] | None = None, *, name: str | None = None) -> None:
     """Make one token group of several, by default of all: the same function to rounding, at the speed of one.
 
     Args:
@@ -77,14 +82,16 @@ def consolidate(model: Any, names: Iterable[str] | None = None, *, name: str | N
     apply(model, operation)
 
 
-def consolidate_operation(config: Any, names: Iterable[str] | None = None, *, name: str | None = None) -> Operation:
+def consolidate_operation(
+    config: PreTrainedConfig, names: Iterable[str] | None = None, *, name: str | None = None
+) -> Operation:
     """Return what `consolidate` does."""
     groups = token_groups(config)
-    wanted = [group["name"] for group in groups] if names is None else list(names)
+    wanted = group_names(config) if names is None else list(names)
     check_known(config, wanted)
-    chosen = [group for group in groups if group["name"] in wanted]
-    new = chosen[0]["name"] if name is None else name
-    routed = [group["name"] for group in chosen if group.get("routed")]
+    chosen = [group for group in groups if group.name in wanted]
+    new = chosen[0].name if name is None else name
+    routed = [group.name for group in chosen if group.routed]
     if routed:
         raise GrowthError(
             f"token group {', '.join(routed)} is routed: for some text it takes part and for some not, which one group "
@@ -96,11 +103,20 @@ def consolidate_operation(config: Any, names: Iterable[str] | None = None, *, na
         raise GrowthError(
             "each token group has a norm of its own here; one group would have one norm and other outputs"
         )
-    owned = [group["name"] for group in chosen if group.get("blocks")]
+    owned = [group.name for group in chosen if group.blocks]
     if owned:
         raise GrowthError(f"token group {', '.join(owned)} owns blocks, which go when it is dropped; leave it out")
     check_new(config, new, besides=wanted)
-    united = {"name": new, **{p: _sum(g.get(p, 0) for g in chosen) for p in architecture_of(config).counts}}
+    frozen = [group.name for group in chosen if group.name in frozen_names(config)]
+    if 0 < len(frozen) < len(chosen):
+        raise GrowthError(
+            f"token group {', '.join(frozen)} is frozen and {', '.join(n for n in wanted if n not in frozen)} is not; "
+            "one group can only be one of them: freeze the others as well, or unfreeze it"
+        )
+    row = architecture_of(config)
+    blocks = range(row.depth_of(config))
+    counts = {p: tuple(sum(group.count(p, block) for group in chosen) for block in blocks) for p in row.counts}
+    united = GroupEntry(new, counts)
     left = [united if group is chosen[0] else group for group in groups if group is chosen[0] or group not in chosen]
 
     def change(block: int, token_map: TokenMap, old: Groups) -> Groups:
@@ -111,21 +127,24 @@ def consolidate_operation(config: Any, names: Iterable[str] | None = None, *, na
         whole = parts[0]  # the same objects where there is nothing to add
         if len(parts) > 1:
             whole = {part: torch.cat([tensors[part] for tensors in parts], dim=axes[part]) for part in whole}
-        united = {new: whole}
         first = next(name for name in old if name in wanted)
         return {
             key: value
             for name, tensors in old.items()
-            for key, value in (united.items() if name == first else [] if name in wanted else [(name, tensors)])
+            for key, value in ([(new, whole)] if name == first else [] if name in wanted else [(name, tensors)])
         }
 
-    blocks = range(getattr(config, architecture_of(config).depth))
-    return Operation(
-        "consolidate", with_groups(config, left), change, blocks, arguments={"groups": wanted, "name": new}
-    )
+    marks = [name for name in frozen_names(config) if name not in frozen] + ([new] if frozen else [])
+    changed = with_groups(config, left)
+    if frozen_names(config):
+        changed.frozen = marks
+    arguments = {"groups": wanted, "name": new}
+    return Operation("consolidate", changed, change, blocks, keeps_outputs=True, arguments=arguments)
 
 
-def merge(model: Any, other: Any, *, rename: Mapping[str, str] | None = None, norm: str | None = None) -> None:
+def merge(
+    model: PreTrainedModel, other: PreTrainedModel, *, rename: Mapping[str, str] | None = None, norm: str | None = None
+) -> None:
     """Give `model` the token groups that `other`, another child of the same parent, has beside it.
 
     Args:
@@ -150,21 +169,26 @@ def merge(model: Any, other: Any, *, rename: Mapping[str, str] | None = None, no
         return {group: {part: _copy(t) for part, t in tensors.items()} for group, tensors in groups.items()}
 
     operation = merge_operation(model.config, other.config, read, rename=rename, norm=norm)
-    check_plain(other, [g["name"] for g in token_groups(other.config)])
+    check_plain(other, group_names(other.config))
     apply(model, operation)
 
 
-def is_normalised(config: Any) -> bool:
+def is_normalised(config: PreTrainedConfig) -> bool:
     """Whether the scores of a model's parameter tokens are normalised, jointly or by group."""
     return getattr(config, "norm_activation_type", "gelu") != "gelu"
 
 
 def check_siblings(
-    config: Any, state: Any, other_config: Any, other: Any, *, rename: Mapping[str, str] | None = None
+    config: PreTrainedConfig,
+    state: Any,
+    other_config: PreTrainedConfig,
+    other: PreTrainedModel,
+    *,
+    rename: Mapping[str, str] | None = None,
 ) -> None:
     """Raise GrowthError unless two models are the same but for whole token groups."""
     _check_alike(config, other_config)
-    ours, theirs = ([g["name"] for g in token_groups(c)] for c in (config, other_config))
+    ours, theirs = group_names(config), group_names(other_config)
     shared = [name for name in ours if name in theirs and name not in (rename or {})]
     different = list(shared_differences(config, state, other_config, other, shared))
     if different:
@@ -177,8 +201,8 @@ def check_siblings(
 
 
 def merge_operation(
-    config: Any,
-    other_config: Any,
+    config: PreTrainedConfig,
+    other_config: PreTrainedConfig,
     read: ReadMap,
     *,
     rename: Mapping[str, str] | None = None,
@@ -193,8 +217,8 @@ def merge_operation(
     """
     renamed = dict(rename or {})
     check_known(other_config, list(renamed))
-    ours = [group["name"] for group in token_groups(config)]
-    theirs = {group["name"]: group for group in token_groups(other_config)}
+    ours = group_names(config)
+    theirs = {group.name: group for group in token_groups(other_config)}
     new = {name: renamed.get(name, name) for name in theirs if name in renamed or name not in ours}
     for name in new.values():
         check_new(config, name)
@@ -202,7 +226,7 @@ def merge_operation(
         raise GrowthError(f"two token groups would have one name: {', '.join(new.values())}; choose another in rename")
     if not new:
         raise GrowthError(f"there is nothing to merge: both models have the token groups {', '.join(ours)}")
-    owners = [g["name"] for g in (*token_groups(config), *theirs.values()) if g.get("blocks") and g["name"] not in ours]
+    owners = [old for old in new if theirs[old].blocks]
     if owners:
         raise GrowthError(f"token group {', '.join(owners)} came with blocks of its own, which cannot be merged")
     fields = _taus(config, other_config)
@@ -212,7 +236,7 @@ def merge_operation(
         fields["token_group_norm"] = norm or "per_group"
     elif norm is not None:
         raise GrowthError(f"norm {norm!r} was asked; this model's parameter tokens are not normalised")
-    groups = [*token_groups(config), *({**theirs[old], "name": name} for old, name in new.items())]
+    groups = [*token_groups(config), *(replace(theirs[old], name=name) for old, name in new.items())]
 
     def change(block: int, token_map: TokenMap, old: Groups) -> Groups:
         return {**old, **{new[name]: tensors for name, tensors in read(block, token_map).items() if name in new}}
@@ -221,13 +245,13 @@ def merge_operation(
         "merge",
         with_groups(config, groups, **fields),
         change,
-        range(getattr(config, architecture_of(config).depth)),
+        range(architecture_of(config).depth_of(config)),
         moments=unchanged,
         arguments={"groups": list(new.values()), **({"norm": norm} if norm else {})},
     )
 
 
-def _check_alike(config: Any, other: Any) -> None:
+def _check_alike(config: PreTrainedConfig, other: Any) -> None:
     """Compare what must be the same in two children of one parent."""
     ignored = {"token_groups", "token_group_norm", "frozen", "use_cache"}
     ignored |= {"dtype", "architectures", "transformers_version", "_name_or_path"}  # files have them, models need not
@@ -240,7 +264,7 @@ def _check_alike(config: Any, other: Any) -> None:
         raise GrowthError(f"these models are not children of one parent: they differ in {', '.join(different)}")
 
 
-def _taus(config: Any, other: Any) -> dict[str, Any]:
+def _taus(config: PreTrainedConfig, other: Any) -> dict[str, Any]:
     taus = {}
     for field in (f"{projection}_tau" for projection in architecture_of(config).counts):
         a, b = getattr(config, field, None), getattr(other, field, None)
@@ -255,17 +279,3 @@ def _taus(config: Any, other: Any) -> dict[str, Any]:
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _count(group: Mapping[str, Any], projection: str) -> int:
-    count = group.get(projection, 0)
-    return sum(count) if isinstance(count, list) else count
-
-
-def _sum(counts: Iterable[Any]) -> Any:
-    """Add counts that are one number for all blocks or a list with one for each."""
-    listed = list(counts)
-    if not any(isinstance(count, list) for count in listed):
-        return sum(listed)
-    length = max(len(count) for count in listed if isinstance(count, list))
-    return [sum(count[i] if isinstance(count, list) else count for count in listed) for i in range(length)]

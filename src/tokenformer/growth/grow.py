@@ -8,22 +8,30 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import GrowthError
 from ..models.configuration_tokenformer import PRESETS, PROJECTIONS
 from ..models.pattention import default_tau, draw_tokens, zero_of_new_group
-from .architectures import Group, Groups, TokenMap, architecture_of, check_new, token_groups, with_groups
-from .neurons import GroupedLinear
+from .architectures import (
+    GroupEntry,
+    Groups,
+    TokenMap,
+    architecture_of,
+    check_new,
+    group_names,
+    token_groups,
+    with_groups,
+)
+from .neurons import refuse_unless_plain
 from .operations import Operation, apply, unchanged
 
 Amount = int | str
 
 
 def grow(
-    model: Any,
+    model: PreTrainedModel,
     *,
     preset: str | None = None,
     qkv_param_tokens: Amount | None = None,
@@ -31,7 +39,8 @@ def grow(
     ffn_param_tokens: Amount | None = None,
     num_hidden_layers: Amount | None = None,
     name: str | None = None,
-    token_group_norm: str | None = None,
+    norm: str | None = None,
+    seed: int | None = None,
 ) -> None:
     """Grow `model` in place to the totals given; logits stay bit for bit the same in every dtype.
 
@@ -49,7 +58,9 @@ def grow(
             transformer's are its MLP's neurons, `ffn_param_tokens`.
         num_hidden_layers: blocks to reach, in the same notations.
         name: of the new group; default "grown1", "grown2", ….
-        token_group_norm: "joint" or "per_group", where the model has one group and both compute the same.
+        norm: "joint" or "per_group": one norm over all token groups or one each, where the model has one group and both
+            compute the same.
+        seed: of the new random values; the same on disk and in memory. Default: drawn from torch's.
 
     Raises:
         GrowthError: a total below the current one, nothing to grow, an unknown preset or one of another width, a name
@@ -66,8 +77,8 @@ def grow(
         ffn_param_tokens=ffn_param_tokens,
         num_hidden_layers=num_hidden_layers,
         name=name,
-        token_group_norm=token_group_norm,
-        seed=int(torch.randint(2**62, (), device="cpu")),
+        norm=norm,
+        seed=int(torch.randint(2**62, (), device="cpu")) if seed is None else seed,
         dtype=like.dtype,
         device=like.device,
     )
@@ -77,7 +88,7 @@ def grow(
 
 
 def grow_operation(
-    config: Any,
+    config: PreTrainedConfig,
     *,
     seed: int,
     dtype: torch.dtype,
@@ -85,7 +96,7 @@ def grow_operation(
     preset: str | None = None,
     num_hidden_layers: Amount | None = None,
     name: str | None = None,
-    token_group_norm: str | None = None,
+    norm: str | None = None,
     **param_tokens: Amount | None,
 ) -> Operation:
     """Return what `grow` does; every new tensor is drawn from `seed` and its own place alone.
@@ -94,7 +105,7 @@ def grow_operation(
         config: of the model.
         seed: of the random values.
         dtype, device: of the new tensors.
-        preset, num_hidden_layers, name, token_group_norm, param_tokens: as for `grow`.
+        preset, num_hidden_layers, name, norm, param_tokens: as for `grow`.
 
     Raises:
         GrowthError: as `grow`.
@@ -111,35 +122,38 @@ def grow_operation(
             f"a {config.model_type!r} model has no parameter tokens of the kind {', '.join(foreign)}: its are the "
             f"neurons of its MLP, {', '.join(fields)}"
         )
-    if not getattr(config, row.depth):
+    if not row.depth_of(config):
         raise GrowthError("a model without blocks has nothing to grow from")
     groups = token_groups(config)
-    current = {field: _current(config, groups, field, ours) for field, ours in fields.items()}
+    blocks = range(row.depth_of(config))
+    current = {
+        f"{p}_param_tokens": max(sum(group.count(p, block) for group in groups) for block in blocks) for p in row.counts
+    }
+    current["num_hidden_layers"] = len(blocks)
     target = {field: resolve_amount(asked.get(field), current[field], what=field) for field in fields}
     added = {p: target[f"{p}_param_tokens"] - current[f"{p}_param_tokens"] for p in row.counts}
     if target == current:
         raise GrowthError(f"nothing to grow: the model already has {_describe(current)}; ask for more than that")
-    norm = _group_norm(config, groups, token_group_norm)
+    chosen = _group_norm(config, groups, norm)
     for projection, count in added.items():
-        if count and current[f"{projection}_param_tokens"] and _kind(config) == "softmax" and norm == "joint":
+        if count and current[f"{projection}_param_tokens"] and _kind(config) == "softmax" and chosen == "joint":
             raise GrowthError(
                 f"cannot grow {projection}_param_tokens: this model normalises with softmax, where a new zero-score "
                 "token has weight exp(0) = 1 and takes it from the old ones, so the outputs would change; only "
                 "l2_norm_gelu and gelu_l2_norm models can gain tokens (depth can grow under softmax, too)"
             )
     depth, total = current["num_hidden_layers"], target["num_hidden_layers"]
-    if total > depth:
-        _check_depth(config)
-    blocks = [
-        i for i in range(depth) for _ in range(1 + (i + 1) * (total - depth) // depth - i * (total - depth) // depth)
-    ]
-    silent = [i for i, block in enumerate(blocks) if i and blocks[i - 1] == block]
-    new: Group = {"name": _group_name(config, name), **added}
-    more: dict[str, Any] = {"token_group_norm": norm} if norm is not None else {}
+    reason = row.why_not_deeper(config) if total > depth else None
+    if reason is not None:
+        raise GrowthError(f"cannot add blocks to this {config.model_type!r} model: {reason}")
+    sources = [i for i in blocks for _ in range(1 + (i + 1) * (total - depth) // depth - i * (total - depth) // depth)]
+    silent = [i for i, source in enumerate(sources) if i and sources[i - 1] == source]
+    new = _group_name(config, name)
+    more: dict[str, Any] = {"token_group_norm": chosen} if chosen is not None else {}
     for projection, count in added.items():
         if count and not current[f"{projection}_param_tokens"]:
             more[f"{projection}_tau"] = default_tau(count, config.norm_activation_type)
-    grown = with_groups(config, [*groups, new], blocks=blocks if silent else None, **more)
+    grown = with_groups(config, [*groups, GroupEntry(new, {**added})], blocks=sources if silent else None, **more)
     if silent:
         grown.token_groups[-1]["blocks"] = silent
 
@@ -147,21 +161,23 @@ def grow_operation(
         count = added[token_map.projection]
         if not count:
             return old
-        place = f"{seed} {block} {token_map.name} {new['name']}"
+        place = f"{seed} {block} {token_map.name} {new}"
         generator = torch.Generator().manual_seed(
             int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest())
         )
         if config.model_type == "tokenformer":
             tokens = _new_tokens(
-                grown, token_map, count, zero_of_new_group(bool(old), norm or "joint"), generator, device, dtype
+                grown, token_map, count, zero_of_new_group(bool(old), chosen or "joint"), generator, device, dtype
             )
         else:
             tokens = _new_neurons(token_map, count, next(iter(old.values())), generator)
-        return {**old, new["name"]: tokens}
+        return {**old, new: tokens}
 
-    wanted = {"preset": preset, **asked, "name": new["name"], "token_group_norm": token_group_norm}
+    wanted = {"preset": preset, **asked, "name": new, "norm": norm}
     arguments = {field: amount for field, amount in wanted.items() if amount is not None}
-    return Operation("grow", grown, change, blocks, moments=unchanged, silent=silent, arguments=arguments)
+    return Operation(
+        "grow", grown, change, sources, moments=unchanged, silent=silent, keeps_outputs=True, arguments=arguments
+    )
 
 
 def resolve_amount(amount: Amount | None, current: int, *, what: str) -> int:
@@ -188,7 +204,7 @@ def resolve_amount(amount: Amount | None, current: int, *, what: str) -> int:
 
 
 def _new_tokens(
-    config: Any,
+    config: PreTrainedConfig,
     token_map: TokenMap,
     count: int,
     zero: Any,
@@ -228,26 +244,18 @@ def _new_neurons(
     return neurons
 
 
-def _kind(config: Any) -> str:
+def _kind(config: PreTrainedConfig) -> str:
     return getattr(config, "norm_activation_type", "gelu")
 
 
-def _current(config: Any, groups: list[Group], field: str, ours: str) -> int:
-    if field == "num_hidden_layers":
-        return getattr(config, ours)
-    counts = [group.get(field.removesuffix("_param_tokens"), 0) for group in groups]
-    blocks = range(getattr(config, architecture_of(config).depth))
-    return max(sum(n[i] if isinstance(n, list) else n for n in counts) for i in blocks)
-
-
-def _group_norm(config: Any, groups: list[Group], asked: str | None) -> str | None:
+def _group_norm(config: PreTrainedConfig, groups: list[GroupEntry], asked: str | None) -> str | None:
     found = getattr(config, "token_group_norm", None)
     if asked in (None, found):
         return found
     if found is None:
-        raise GrowthError(f"token_group_norm {asked!r} was asked; a {config.model_type!r} model has no such norm")
+        raise GrowthError(f"norm {asked!r} was asked; a {config.model_type!r} model has no such norm")
     if asked not in ("joint", "per_group"):
-        raise GrowthError(f"token_group_norm is {asked!r}; it must be joint or per_group")
+        raise GrowthError(f"norm is {asked!r}; it must be joint or per_group")
     if len(groups) > 1:
         raise GrowthError(
             f"this model normalises its {len(groups)} token groups {found}; {asked} would compute something else. It "
@@ -256,18 +264,7 @@ def _group_norm(config: Any, groups: list[Group], asked: str | None) -> str | No
     return asked
 
 
-def _check_depth(config: Any) -> None:
-    """Refuse where a block with zero last maps is not silent, or where blocks depend on their number."""
-    if config.model_type == "opt" and not config.do_layer_norm_before:
-        reason = "its blocks normalise what they pass on, so that none can be silent"
-    elif getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        reason = "it scales attention by the number of the block"
-    else:
-        return
-    raise GrowthError(f"cannot add blocks to this {config.model_type!r} model: {reason}")
-
-
-def _preset_totals(config: Any, preset: str) -> dict[str, Amount | None]:
+def _preset_totals(config: PreTrainedConfig, preset: str) -> dict[str, Amount | None]:
     if preset not in PRESETS:
         raise GrowthError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
     if config.model_type != "tokenformer":
@@ -283,27 +280,21 @@ def _preset_totals(config: Any, preset: str) -> dict[str, Amount | None]:
     return {f: sizes[f] for f in (*(f"{p}_param_tokens" for p in PROJECTIONS), "num_hidden_layers")}
 
 
-def _group_name(config: Any, name: str | None) -> str:
-    taken = [group["name"] for group in token_groups(config)]
+def _group_name(config: PreTrainedConfig, name: str | None) -> str:
+    taken = group_names(config)
     if name is None:
         return next(f"grown{i}" for i in range(1, len(taken) + 2) if f"grown{i}" not in taken)
     check_new(config, name)
     return name
 
 
-def _check_last_maps(model: Any) -> None:
+def _check_last_maps(model: PreTrainedModel) -> None:
     """Refuse maps that are not their weight alone (LoRA) or whose weight cannot be set to zero (int8)."""
     row = architecture_of(model.config)
-    for block in model.base_model.get_submodule(row.blocks):
-        maps = [m for name, m in block.named_modules() if isinstance(m, nn.Module) and row.is_last(f"{name}.weight")]
-        for linear in (m for m in maps if hasattr(m, "weight")):
-            odd = linear if type(linear) not in (nn.Linear, Conv1D, GroupedLinear) else linear.weight
-            if type(odd) not in (nn.Parameter, DTensor):
-                raise GrowthError(
-                    "cannot add blocks: a new one starts with zero weights, so that it changes nothing, but here is a "
-                    f"{type(odd).__module__}.{type(odd).__name__}; merge adapters first (merge_and_unload of peft), "
-                    "and grow before quantising"
-                )
+    for block in row.blocks_of(model):
+        for name, module in block.named_modules():
+            if row.is_last(f"{name}.weight") and hasattr(module, "weight"):
+                refuse_unless_plain(module, "add blocks, which begin with zero weights so that they change nothing")
 
 
 def _describe(sizes: dict[str, int]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import GrowthError
 from ..models.pattention import Pattention
@@ -69,7 +70,7 @@ class Importance:
 
 
 @contextmanager
-def token_weights(model: Any, see: See) -> Iterator[None]:
+def watched_weights(model: PreTrainedModel, see: See) -> Iterator[None]:
     """Within the context, call `see(block, map, {group: weights [*, n]})` whenever a map of parameter tokens has run.
 
     The tensors are those that the values are multiplied with, so gradients of what follows reach them. Where a routed
@@ -80,10 +81,10 @@ def token_weights(model: Any, see: See) -> Iterator[None]:
         GrowthError: no row in the table of architectures, or an ordinary model's maps are not plain.
     """
     group_neurons(model)
-    blocks = model.base_model.get_submodule(architecture_of(model.config).blocks)
+    blocks = architecture_of(model.config).blocks_of(model)
     with ExitStack() as undo:
         for block, token_map in places(model.config):
-            layer = blocks[block].get_submodule(token_map.name)
+            layer: Any = blocks[block].get_submodule(token_map.name)
             watch = _watch_pattention if isinstance(layer, Pattention) else _watch_neurons
             watch(layer, partial(see, block, token_map), undo)
         yield
@@ -91,7 +92,7 @@ def token_weights(model: Any, see: See) -> Iterator[None]:
 
 @torch.no_grad()
 def measure(
-    model: Any, blocks: Any, *, batch_size: int = 8, on_batch: Callable[[int, int], None] | None = None
+    model: PreTrainedModel, blocks: Any, *, batch_size: int = 8, on_batch: Callable[[int, int], None] | None = None
 ) -> Importance:
     """Measure how text uses each parameter token.
 
@@ -120,7 +121,7 @@ def measure(
     was_training, count = model.training, 0
     model.eval()
     try:
-        with token_weights(model, see):
+        with watched_weights(model, see):
             for start in range(0, len(blocks), batch_size):
                 batch = blocks[start : start + batch_size]
                 is_text = torch.as_tensor(batch["labels"], device=device).flatten() != -100
@@ -220,8 +221,8 @@ def _global_counts(importance: Importance, keep: float, projection: str) -> dict
     return dict(zip(curves, counts.tolist(), strict=True))
 
 
-def _uses(model: Any, sums: dict[Place, dict[str, Tensor]], count: int) -> dict[Place, dict[str, GroupUse]]:
-    blocks = model.base_model.get_submodule(architecture_of(model.config).blocks)
+def _uses(model: PreTrainedModel, sums: dict[Place, dict[str, Tensor]], count: int) -> dict[Place, dict[str, GroupUse]]:
+    blocks = architecture_of(model.config).blocks_of(model)
     uses: dict[Place, dict[str, GroupUse]] = {}
     for block, token_map in places(model.config):
         tensors = read_groups(blocks[block], token_map)

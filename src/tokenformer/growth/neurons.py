@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import GrowthError
-from .architectures import architecture_of, count_of, places, token_groups
+from ..models.fused import why_not_plain
+from .architectures import architecture_of, places, token_groups
 
 
 class GroupedLinear(nn.Module):
@@ -29,12 +31,7 @@ class GroupedLinear(nn.Module):
 
     def __init__(self, linear: Any, counts: Mapping[str, int], *, values: bool) -> None:
         super().__init__()
-        odd = linear if type(linear) not in (nn.Linear, Conv1D) else linear.weight
-        if type(odd) not in (nn.Linear, Conv1D, nn.Parameter):
-            raise GrowthError(
-                f"cannot tell the neurons of a {type(odd).__module__}.{type(odd).__name__} apart; merge adapters "
-                "(merge_and_unload of peft) and work on the model before it is quantised"
-            )
+        refuse_unless_plain(linear, "tell the neurons of token groups apart")
         self.axis, self.transposed = int(values), isinstance(linear, Conv1D)
         self.bias = linear.bias if values else None
         self.groups = nn.ModuleDict()
@@ -69,7 +66,7 @@ class GroupedLinear(nn.Module):
         return out
 
 
-def group_neurons(model: Any) -> None:
+def group_neurons(model: PreTrainedModel) -> None:
     """Keep the neurons of an ordinary transformer by token group, in place; a TokenFormer has its groups already.
 
     Outputs stay what they were: bit for bit where one group is all there is (Conv1D: to rounding), else to rounding.
@@ -81,16 +78,26 @@ def group_neurons(model: Any) -> None:
     if config.model_type == "tokenformer":
         return
     row, groups = architecture_of(config), token_groups(config)
-    blocks = model.base_model.get_submodule(row.blocks)
+    blocks = row.blocks_of(model)
     found = []
     for block, token_map in places(config):
-        counts = {group["name"]: count_of(group, token_map.projection, block) for group in groups}
+        counts = {group.name: group.count(token_map.projection, block) for group in groups}
         for name, axis in {part.tensor.rpartition(".")[0]: part.axis for part in token_map.parts}.items():
             linear = blocks[block].get_submodule(name)
             if not isinstance(linear, GroupedLinear):
                 found.append((blocks[block], name, GroupedLinear(linear, counts, values=axis == 1)))
     for parent, name, grouped in found:
         parent.set_submodule(name, grouped)
+
+
+def refuse_unless_plain(linear: nn.Module, doing: str) -> None:
+    """Raise GrowthError, saying what could not be done, unless a linear map is its weights and nothing else."""
+    reason = why_not_plain(linear, kinds=(nn.Linear, Conv1D, GroupedLinear))
+    if reason is not None:
+        raise GrowthError(
+            f"cannot {doing}: {reason}; merge adapters first (merge_and_unload of peft), and work on the model before "
+            "it is quantised or sharded"
+        )
 
 
 def as_parameter(tensor: Tensor) -> nn.Parameter:

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import GrowthError
 from ..models.pattention import Pattention, TokenGroup
 from .architectures import Groups, TokenMap, architecture_of, places
-from .neurons import as_parameter, group_neurons
+from .neurons import as_parameter, group_neurons, refuse_unless_plain
 
 Change = Callable[[int, TokenMap, Groups], Groups]
 
@@ -41,27 +40,28 @@ class Operation:
         moments: likewise for the optimizer's moments. Default: `change`.
         blocks: for each block afterwards, the one before that it was, or is a copy of.
         silent: the copies, whose last maps are zero.
+        keeps_outputs: whether the model computes afterwards what it did before, at least to rounding.
         arguments: as lineage records them.
     """
 
     name: str
-    config: Any
+    config: PreTrainedConfig
     change: Change
     blocks: Sequence[int]
     moments: Change | None = None
     silent: Collection[int] = ()
+    keeps_outputs: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @torch.no_grad()
-def apply(model: Any, operation: Operation) -> None:
+def apply(model: PreTrainedModel, operation: Operation) -> None:
     """Carry out `operation` on `model` in place; parameters that it leaves alone stay the same objects."""
     row = architecture_of(model.config)
     group_neurons(model)
-    base = model.base_model
-    old = list(base.get_submodule(row.blocks))
+    old = list(row.blocks_of(model))
     if list(operation.blocks) != list(range(len(old))):
-        blocks = [
+        blocks: list[Any] = [
             _silent_copy(old[source], row.is_last) if i in operation.silent else old[source]
             for i, source in enumerate(operation.blocks)
         ]
@@ -71,10 +71,10 @@ def apply(model: Any, operation: Operation) -> None:
                     module.layer_idx = i
                 if hasattr(module, "config"):
                     module.config = model.config  # a copied block brought a copy
-        base.set_submodule(row.blocks, nn.ModuleList(blocks))
+        model.base_model.set_submodule(row.blocks, nn.ModuleList(blocks))
     model.config.__dict__.update(operation.config.__dict__)
     for block, token_map in places(model.config):
-        module = base.get_submodule(row.blocks)[block]
+        module = row.blocks_of(model)[block]
         groups = read_groups(module, token_map)
         changed = operation.change(block, token_map, groups)
         if changed is not groups:
@@ -97,31 +97,27 @@ def read_groups(block: nn.Module, token_map: TokenMap) -> Groups:
     return groups
 
 
-def check_plain(model: Any, names: Iterable[str]) -> None:
+def check_plain(model: PreTrainedModel, names: Iterable[str]) -> None:
     """Refuse token groups whose maps are more than their weight (LoRA) or less (int8), so that tokens cannot move.
 
     Raises:
         GrowthError: there are such.
     """
     group_neurons(model)
-    blocks, names = model.base_model.get_submodule(architecture_of(model.config).blocks), list(names)
+    blocks, names = architecture_of(model.config).blocks_of(model), list(names)
     for block, token_map in places(model.config):
         present = read_groups(blocks[block], token_map)
         for own in (part.own for part in token_map.parts if part.axis is not None):
             for name in (name for name in names if name in present):
                 linear = blocks[block].get_submodule(own.format(group=name).rpartition(".")[0])
-                odd = linear if type(linear) is not nn.Linear else linear.weight
-                if type(odd) not in (nn.Linear, nn.Parameter, DTensor):
-                    raise GrowthError(
-                        f"the tokens of group {name!r} cannot be moved: a map of theirs is a {type(odd).__module__}."
-                        f"{type(odd).__name__}; merge adapters first (merge_and_unload of peft), or work on the model "
-                        "before it is quantised"
-                    )
+                refuse_unless_plain(linear, f"move the parameter tokens of group {name!r}")
 
 
-def _write_groups(block: nn.Module, token_map: TokenMap, groups: Groups, config: Any) -> None:
+def _write_groups(block: nn.Module, token_map: TokenMap, groups: Groups, config: PreTrainedConfig) -> None:
     layer: Any = block.get_submodule(token_map.name)
     old = read_groups(block, token_map)
+    frozen = {name for name, tensors in old.items() if not any(_trains(t) for t in tensors.values())}
+    frozen |= set(getattr(config, "frozen", None) or [])
     kept = [name for name, tensors in groups.items() if name in old and _same(tensors, old[name])]
     if isinstance(layer, Pattention):
         layer.tau = getattr(config, f"{token_map.projection}_tau")
@@ -135,6 +131,8 @@ def _write_groups(block: nn.Module, token_map: TokenMap, groups: Groups, config:
             if gate and name not in layer.gates:
                 layer.add_gate(name)
                 layer.gates[name].load_state_dict(gate)
+            if name not in kept and name in frozen:
+                layer.groups[name].requires_grad_(False)
         return
     for module in dict.fromkeys(part.tensor.rpartition(".")[0] for part in token_map.parts):
         linear: Any = block.get_submodule(module)
@@ -144,6 +142,8 @@ def _write_groups(block: nn.Module, token_map: TokenMap, groups: Groups, config:
                 linear.groups[name] = before[name]
             else:
                 linear.set_group(name, tensors[f"{module}.weight"], tensors.get(f"{module}.bias"))
+                if name in frozen:
+                    linear.groups[name].requires_grad_(False)
 
 
 def _token_group(layer: Pattention, tensors: dict[str, Tensor]) -> TokenGroup:
@@ -162,6 +162,10 @@ def _token_group(layer: Pattention, tensors: dict[str, Tensor]) -> TokenGroup:
         module, _, leaf = name.partition(".")
         setattr(group.get_submodule(module), leaf, as_parameter(tensor))
     return group.train(layer.training)
+
+
+def _trains(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and tensor.requires_grad
 
 
 def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

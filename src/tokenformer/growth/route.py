@@ -6,16 +6,29 @@ token or not. With every gate closed the model is the one without the group, to 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import GrowthError
 from ..models.pattention import Pattention
-from .architectures import check_known
+from .architectures import (
+    GroupEntry,
+    Groups,
+    TokenMap,
+    architecture_of,
+    check_known,
+    places,
+    token_groups,
+    with_groups,
+)
+from .operations import Operation, apply, unchanged
 
 # Rows a gate is fitted on, of each kind of text: logistic regression in a few hundred dimensions needs no more.
 _ROWS = 16384
@@ -34,51 +47,101 @@ class Routing:
     open_on_other: float
 
 
-def route(model: Any, group: str, own: Any, other: Any, *, batch_size: int = 8) -> Routing:
-    """Give `group` gates, in place, fitted to open for text like `own` and to stay closed for text like `other`.
+def route(model: PreTrainedModel, name: str, own: Any, other: Any, *, batch_size: int = 8) -> Routing:
+    """Give token group `name` gates, in place, fitted to open for text like `own` and to stay closed for `other`.
 
     Each gate is a logistic regression on what its layer sees: under the group for `own`, without it for `other`, as it
     will where the gates are right. A group that has gates already has them fitted anew.
 
     Args:
         model: a TokenFormer.
-        group: the token group.
-        own, other: text, as `data.pack` gives it.
-        batch_size: blocks per forward pass.
+        name: of the token group.
+        own, other: text blocks, as `text_blocks` gives them.
+        batch_size: text blocks per forward pass.
 
     Raises:
-        GrowthError: not a TokenFormer, no such group, or the only one.
+        GrowthError: not a TokenFormer, no such group, one that came with blocks, or one without which some layer may
+            have nothing left. The model is then untouched.
     """
-    if model.config.model_type != "tokenformer":
-        raise GrowthError(f"only a TokenFormer's groups can have gates; this is a {model.config.model_type!r} model")
-    check_known(model.config, [group])
-    layers = [m for m in model.modules() if isinstance(m, Pattention) and group in m.groups]
-    if any(len(layer.groups) == 1 and layer.linear is None for layer in layers):
-        raise GrowthError(
-            f"token group {group!r} is all that some layers have; with its gates closed nothing would be left"
-        )
-    for layer in layers:
-        if group not in layer.gates:
-            layer.add_gate(group)
-    for entry in model.config.token_groups:
-        if entry["name"] == group:
-            entry["routed"] = True
+    operation, routing = route_operation(model, name, own, other, batch_size=batch_size)
+    apply(model, operation)
+    return routing
+
+
+def route_operation(
+    model: PreTrainedModel, name: str, own: Any, other: Any, *, batch_size: int = 8
+) -> tuple[Operation, Routing]:
+    """Return what `route` does to this model, which is left as it is, and how well its gates tell the texts apart."""
+    groups = _check(model.config, name)
+    blocks = architecture_of(model.config).blocks_of(model)
+    maps: dict[tuple[int, str], Any] = {(i, m.name): blocks[i].get_submodule(m.name) for i, m in places(model.config)}
+    layers = {place: layer for place, layer in maps.items() if name in layer.groups}
     rows = []
     for text, is_open in ((own, True), (other, False)):
-        for layer in layers:
-            _set_gate(layer.gates[group], torch.zeros(layer.in_features), 1.0 if is_open else -1.0)
-        rows.append(_inputs(model, layers, text, batch_size))
+        with _forced(list(layers.values()), name, is_open=is_open):
+            rows.append(_inputs(model, list(layers.values()), text, batch_size))
+    gates: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
     shares = []
-    for layer, positive, negative in zip(layers, *rows, strict=True):
+    for (place, layer), positive, negative in zip(layers.items(), *rows, strict=True):
         weight, bias = _logistic_regression(positive, negative)
-        _set_gate(layer.gates[group], weight, bias)
         shares.append([(x @ weight + bias > 0).float().mean().item() for x in (positive, negative)])
-    open_on_own, open_on_other = torch.tensor(shares).mean(0).tolist()
-    return Routing(open_on_own, open_on_other)
+        like = next(layer.parameters())
+        gates[place] = weight.to(like)[None], torch.tensor([bias]).to(like)
+
+    def change(block: int, token_map: TokenMap, old: Groups) -> Groups:
+        if (block, token_map.name) not in gates:
+            return old
+        weight, bias = gates[block, token_map.name]
+        prefix = f"{token_map.name}.gates.{{group}}"
+        return {**old, name: {**old[name], f"{prefix}.weight": weight, f"{prefix}.bias": bias}}
+
+    config = with_groups(model.config, [replace(g, routed=True) if g.name == name else g for g in groups])
+    operation = Operation("route", config, change, range(len(blocks)), moments=unchanged, arguments={"group": name})
+    return operation, Routing(*torch.tensor(shares).mean(0).tolist())
+
+
+def _check(config: PreTrainedConfig, name: str) -> list[GroupEntry]:
+    """Return the token groups of a model in which group `name` can have gates."""
+    if config.model_type != "tokenformer":
+        raise GrowthError(f"only a TokenFormer's groups can have gates; this is a {config.model_type!r} model")
+    check_known(config, [name])
+    groups = token_groups(config)
+    group = next(g for g in groups if g.name == name)
+    if group.blocks:
+        raise GrowthError(
+            f"token group {name!r} came with blocks {', '.join(map(str, group.blocks))}, which gates cannot close; to "
+            "route its parameter tokens, grow tokens and blocks as two groups"
+        )
+    for block, token_map in places(config):
+        projection = token_map.projection
+        always = [g for g in groups if g.count(projection, block) and g.name != name and not g.routed]
+        if group.count(projection, block) and not always and projection not in config.linear_projections:
+            raise GrowthError(
+                f"token group {name!r} is all that {token_map.name} of block {block} has for text for which no other "
+                "gate is open; with its gate closed nothing would be left"
+            )
+    return groups
+
+
+@contextmanager
+def _forced(layers: list[Pattention], name: str, *, is_open: bool) -> Iterator[None]:
+    """Within the context, let a group take part for every text token, or for none."""
+    had: list[Any] = [dict(layer.gates.items()).get(name) for layer in layers]
+    try:
+        for layer in layers:
+            layer.add_gate(name)
+            nn.init.constant_(layer.gates[name].bias, 1.0 if is_open else -1.0)  # type: ignore[arg-type]
+        yield
+    finally:
+        for layer, gate in zip(layers, had, strict=True):
+            if gate is None:
+                del layer.gates[name]
+            else:
+                layer.gates[name] = gate
 
 
 @torch.no_grad()
-def _inputs(model: Any, layers: list[Pattention], blocks: Any, batch_size: int) -> list[Tensor]:
+def _inputs(model: PreTrainedModel, layers: list[Pattention], blocks: Any, batch_size: int) -> list[Tensor]:
     """Return rows `[≤ _ROWS, D]` of what each layer reads of the text, evenly spread over it."""
     seen: list[list[Tensor]] = [[] for _ in layers]
     per_batch = max(1, _ROWS // max(1, -(-len(blocks) // batch_size)))
@@ -125,9 +188,3 @@ def _logistic_regression(positive: Tensor, negative: Tensor) -> tuple[Tensor, fl
     optimizer.step(loss)
     weight = parameters.detach()[:-1] / std
     return weight, (parameters.detach()[-1] - weight @ mean).item()
-
-
-@torch.no_grad()
-def _set_gate(gate: Any, weight: Tensor, bias: float) -> None:
-    gate.weight.copy_(weight.to(gate.weight).view_as(gate.weight))
-    gate.bias.fill_(bias)

@@ -1,15 +1,17 @@
-"""Keep the parameter tokens that matter: `prune`, and `slice`, which sorts them so that any prefix is a model."""
+"""Keep the parameter tokens that matter: `prune`; `sort`, which makes any prefix a model; `shrink`, which takes one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import GrowthError
-from .architectures import Groups, TokenMap, architecture_of, count_of, places, token_groups, with_groups
+from .architectures import Count, Groups, TokenMap, architecture_of, places, token_groups, with_groups
 from .importance import kept, measure, ranked, share_of
 from .operations import Operation, apply
 
@@ -17,7 +19,7 @@ from .operations import Operation, apply
 Indices = Mapping[tuple[int, str], Mapping[str, Tensor]]
 
 
-def prune(model: Any, blocks: Any, *, keep: float, scope: str = "layer") -> None:
+def prune(model: PreTrainedModel, blocks: Any, *, keep: float, scope: str = "layer") -> None:
     """Keep the most important share of the parameter tokens, in place; measure the loss afterwards.
 
     Args:
@@ -34,7 +36,7 @@ def prune(model: Any, blocks: Any, *, keep: float, scope: str = "layer") -> None
     apply(model, prune_operation(model, blocks, keep=keep, scope=scope))
 
 
-def prune_operation(model: Any, blocks: Any, *, keep: float, scope: str = "layer") -> Operation:
+def prune_operation(model: PreTrainedModel, blocks: Any, *, keep: float, scope: str = "layer") -> Operation:
     """Return what `prune` does to this model, judged by `blocks`."""
     check_share(keep)
     if scope not in ("layer", "global"):
@@ -43,47 +45,54 @@ def prune_operation(model: Any, blocks: Any, *, keep: float, scope: str = "layer
     return select_operation(model.config, indices, "prune", {"keep": keep, "scope": scope})
 
 
-def slice(model: Any, blocks: Any) -> None:
+def sort(model: PreTrainedModel, blocks: Any) -> None:
     """Sort the parameter tokens of every group by importance, in place: the same function to rounding.
 
-    Then any prefix is a smaller model: `take(model, keep)`, or `--keep` when loading.
+    Then any prefix is a smaller model: `shrink(model, keep)`, or `--keep` when loading.
 
     Args:
         model: TokenFormer or ordinary transformer.
         blocks: text to judge by, as `data.pack` gives it.
     """
-    apply(model, slice_operation(model, blocks))
+    apply(model, sort_operation(model, blocks))
 
 
-def slice_operation(model: Any, blocks: Any) -> Operation:
-    """Return what `slice` does to this model, judged by `blocks`."""
-    return select_operation(model.config, ranked(measure(model, blocks)), "slice", {})
+def sort_operation(model: PreTrainedModel, blocks: Any) -> Operation:
+    """Return what `sort` does to this model, judged by `blocks`."""
+    operation = select_operation(model.config, ranked(measure(model, blocks)), "sort", {})
+    return replace(operation, keeps_outputs=True)
 
 
-def take(model: Any, keep: float) -> None:
-    """Keep the first share of the parameter tokens of every group, in place: a size of a sliced model.
+def shrink(model: PreTrainedModel, keep: float) -> None:
+    """Keep the first share of the parameter tokens of every group, in place: a size of a model that `sort` has sorted.
 
     Raises:
         GrowthError: `keep` is not above 0 and at most 1.
     """
+    apply(model, shrink_operation(model.config, keep))
+
+
+def shrink_operation(config: PreTrainedConfig, keep: float) -> Operation:
+    """Return what `shrink` does."""
     check_share(keep)
     indices: dict[tuple[int, str], dict[str, Tensor]] = {}
-    for block, token_map in places(model.config):
-        counts = {g["name"]: count_of(g, token_map.projection, block) for g in token_groups(model.config)}
-        indices[block, token_map.name] = {g: torch.arange(share_of(keep, n)) for g, n in counts.items() if n}
-    apply(model, select_operation(model.config, indices, "take", {"keep": keep}))
+    for block, token_map in places(config):
+        counts = {group.name: group.count(token_map.projection, block) for group in token_groups(config)}
+        indices[block, token_map.name] = {name: torch.arange(share_of(keep, n)) for name, n in counts.items() if n}
+    return select_operation(config, indices, "shrink", {"keep": keep})
 
 
-def select_operation(config: Any, indices: Indices, name: str, arguments: dict[str, Any]) -> Operation:
+def select_operation(config: PreTrainedConfig, indices: Indices, name: str, arguments: dict[str, Any]) -> Operation:
     """Return the operation that keeps these parameter tokens in this order."""
     row = architecture_of(config)
-    depth = getattr(config, row.depth)
-    groups = token_groups(config)
-    for group in groups:
-        for projection in row.counts:
-            token_map = next(m for m in row.maps if m.projection == projection)
-            counts = [len(indices.get((i, token_map.name), {}).get(group["name"], ())) for i in range(depth)]
-            group[projection] = counts[0] if len(set(counts)) == 1 else counts
+    depth = row.depth_of(config)
+    # Every map of a projection keeps as many.
+    first = {token_map.projection: token_map.name for token_map in reversed(row.maps)}
+
+    def counts(group: str) -> dict[str, Count]:
+        return {p: tuple(len(indices.get((i, first[p]), {}).get(group, ())) for i in range(depth)) for p in row.counts}
+
+    groups = [replace(group, counts=counts(group.name)) for group in token_groups(config)]
 
     def change(block: int, token_map: TokenMap, old: Groups) -> Groups:
         axes = {part.tensor: part.axis for part in token_map.parts}

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from ..errors import CheckpointError
-from .architectures import Groups, TokenMap, architecture_of, count_of, places, token_groups
+from .architectures import Groups, TokenMap, architecture_of, group_names, places, token_groups
 from .operations import Operation
 
 State = Mapping[str, Tensor]
 States = dict[str, dict[str, Tensor]]
 
 
-def read_map(config: Any, state: State, block: int, token_map: TokenMap) -> Groups:
+def read_map(config: PreTrainedConfig, state: State, block: int, token_map: TokenMap) -> Groups:
     """Return the token groups of one map: keys `[n, D]`, their biases `[n]`, values `[E, n]`."""
     prefix = architecture_of(config).block_name(block)
     groups: Groups = {}
@@ -26,29 +27,29 @@ def read_map(config: Any, state: State, block: int, token_map: TokenMap) -> Grou
     for part in token_map.parts:
         if "{group}" in part.tensor:
             for group in listed:
-                name = prefix + part.tensor.format(group=group["name"])
+                name = prefix + part.tensor.format(group=group.name)
                 if name in state:
-                    groups.setdefault(group["name"], {})[part.tensor] = state[name]
+                    groups.setdefault(group.name, {})[part.tensor] = state[name]
         elif prefix + part.tensor in state:
             whole = state[prefix + part.tensor]
             assert part.axis is not None
-            sizes = [count_of(group, token_map.projection, block) for group in listed]
+            sizes = [group.count(token_map.projection, block) for group in listed]
             pieces = (whole.t() if part.transposed else whole).split(sizes, dim=part.axis)
             for group, size, piece in zip(listed, sizes, pieces, strict=True):
                 if size:
-                    groups.setdefault(group["name"], {})[part.tensor] = piece
+                    groups.setdefault(group.name, {})[part.tensor] = piece
     # In the order of the configuration, whichever part a group was found by.
-    return {group["name"]: groups[group["name"]] for group in listed if group["name"] in groups}
+    return {group.name: groups[group.name] for group in listed if group.name in groups}
 
 
-def read_own(config: Any, state: State, block: int, token_map: TokenMap) -> Groups:
+def read_own(config: PreTrainedConfig, state: State, block: int, token_map: TokenMap) -> Groups:
     """Return the token groups of one map from tensors that each group has of its own, as in memory."""
     prefix, groups = architecture_of(config).block_name(block), {}
-    for group in token_groups(config):
-        names = {part.tensor: prefix + part.own.format(group=group["name"]) for part in token_map.parts}
+    for group in group_names(config):
+        names = {part.tensor: prefix + part.own.format(group=group) for part in token_map.parts}
         found = {part: state[name] for part, name in names.items() if name in state}
         if found:
-            groups[group["name"]] = found
+            groups[group] = found
     return groups
 
 
@@ -66,7 +67,9 @@ def write_map(token_map: TokenMap, groups: Groups) -> dict[str, Tensor]:
     return tensors
 
 
-def rewritten(config: Any, state: State, operation: Operation) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+def rewritten(
+    config: PreTrainedConfig, state: State, operation: Operation
+) -> Callable[[Sequence[str]], dict[str, Tensor]]:
     """Return a function that gives tensors of the model after `operation` by name; it keeps one block at a time."""
     row = architecture_of(config)
     inside: dict[int, list[str]] = {i: [] for i in operation.blocks}
@@ -103,14 +106,14 @@ def rewritten(config: Any, state: State, operation: Operation) -> Callable[[Sequ
     return give
 
 
-def move_states(config: Any, states: States, operation: Operation) -> States:
+def move_states(config: PreTrainedConfig, states: States, operation: Operation) -> States:
     """Return an optimizer's states, by the names of parameters in memory, after `operation`.
 
     What moves keeps its moments; what is new or becomes another size by what had none is filled with zeros, as fresh.
     """
     row, moved = architecture_of(config), {}
     first = {source: i for i, source in reversed(list(enumerate(operation.blocks)))}
-    owned = {p.own.format(group=g["name"]) for m in row.maps for p in m.parts for g in token_groups(config)}
+    owned = {part.own.format(group=g) for m in row.maps for part in m.parts for g in group_names(config)}
     for name, state in states.items():
         number = _block_number(row.block_name(0), name)
         if number is None:
@@ -124,11 +127,17 @@ def move_states(config: Any, states: States, operation: Operation) -> States:
 
 
 def _move_map_states(
-    config: Any, states: States, operation: Operation, token_map: TokenMap, source: int, index: int, moved: States
+    config: PreTrainedConfig,
+    states: States,
+    operation: Operation,
+    token_map: TokenMap,
+    source: int,
+    index: int,
+    moved: States,
 ) -> None:
     row = architecture_of(config)
     before, after = row.block_name(source), row.block_name(index)
-    listed = [g["name"] for g in token_groups(config)]
+    listed = group_names(config)
     found = {
         (group, part): states[before + part.own.format(group=group)]
         for part in token_map.parts
@@ -142,13 +151,11 @@ def _move_map_states(
         groups: Groups = {}
         for part in {part for _, part in having}:
             like = next(state[moment] for (_, p), state in having.items() if p == part)
-            for group in (g for g in token_groups(config) if count_of(g, token_map.projection, source)):
-                had = having.get((group["name"], part))
-                shape = [
-                    count_of(group, token_map.projection, source) if a == part.axis else n
-                    for a, n in enumerate(like.shape)
-                ]
-                groups.setdefault(group["name"], {})[part.tensor] = had[moment] if had else like.new_zeros(shape)
+            for group in token_groups(config):
+                count, had = group.count(token_map.projection, source), having.get((group.name, part))
+                if count:
+                    shape = [count if axis == part.axis else n for axis, n in enumerate(like.shape)]
+                    groups.setdefault(group.name, {})[part.tensor] = had[moment] if had else like.new_zeros(shape)
         change = operation.moments or operation.change
         for name, tensors in change(index, token_map, groups).items():
             for part in token_map.parts:
@@ -165,14 +172,14 @@ def _move_map_states(
 
 
 def shared_differences(
-    config: Any, state: State, other_config: Any, other: State, shared: Collection[str]
+    config: PreTrainedConfig, state: State, other_config: PreTrainedConfig, other: State, shared: Collection[str]
 ) -> Iterator[str]:
     """Yield what is not bit for bit the same in two models: tensors outside token groups, and the groups `shared`."""
     row = architecture_of(config)
     patterns = [part.tensor for token_map in row.maps for part in token_map.parts]
 
-    def rest(c: Any, s: State) -> set[str]:
-        names = {p.format(group=g["name"]) for p in patterns for g in token_groups(c)}
+    def rest(c: PreTrainedConfig, s: State) -> set[str]:
+        names = {pattern.format(group=g) for pattern in patterns for g in group_names(c)}
         prefix = row.block_name(0)
         return {
             n for n in s if (i := _block_number(prefix, n)) is None or n.removeprefix(row.block_name(i)) not in names
@@ -192,7 +199,7 @@ def shared_differences(
                 yield f"{row.block_name(block)}{token_map.name}, token group {group}"
 
 
-def content_digest(config: Any, state: State, groups: Collection[str]) -> str:
+def content_digest(config: PreTrainedConfig, state: State, groups: Collection[str]) -> str:
     """Return a sha256 over all of a model outside token groups and these groups, however its files are cut."""
     row, digest = architecture_of(config), hashlib.sha256()
     # A state dict has a tied head, files mostly not.

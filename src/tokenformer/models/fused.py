@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # Rows normalised at a time by the fused path on a CPU: few enough that a chunk stays in cache, enough that starting
 # the threads costs little. The same for any number of tokens, so that growing changes no bit.
@@ -87,6 +87,30 @@ def weigh_in_place(x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], 
     for s, v in zip(scores[1:], values[1:], strict=True):
         out += F.linear(s, v)
     return out
+
+
+def why_not_plain(module: nn.Module, *, kinds: tuple[type, ...] = (nn.Linear,)) -> str | None:
+    """Say what makes a linear map more or less than its weights: an adapter, quantisation, shards.
+
+    Args:
+        module: the map.
+        kinds: classes that compute with their weights alone.
+
+    Returns:
+        A reason in words; None where reading or moving the weights is all there is to the map.
+    """
+    if type(module) not in kinds:
+        return f"a map is a {type(module).__module__}.{type(module).__name__}"
+    for name, tensor in module._parameters.items():
+        if tensor is not None and type(tensor) is not nn.Parameter:
+            return f"the {name} of a map is a {type(tensor).__module__}.{type(tensor).__name__}"
+    return None
+
+
+def can_read(module: nn.Module) -> bool:
+    """Whether the weights may be read instead of calling the map: nobody would miss the call."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return why_not_plain(module) is None and "forward" not in module.__dict__ and not any(hooks)
 
 
 class FusedPattention(torch.autograd.Function):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from .fused import FusedPattention, add_up, sum_of_squares, token_weights, weigh_in_place
+from .fused import FusedPattention, add_up, can_read, sum_of_squares, token_weights, weigh_in_place
 
 NORM_ACTIVATION_TYPES = ("l2_norm_gelu", "gelu_l2_norm", "gelu_l1_norm", "softmax", "gelu")
 TOKEN_GROUP_NORMS = ("joint", "per_group")
@@ -344,7 +344,7 @@ class Pattention(nn.Module):
         """Return keys and values as functions, of the first tokens alone where `keep` says so."""
         if self.keep == 1.0:
             return group.keys, group.values
-        if not _is_plain(group.keys) or not _is_plain(group.values):
+        if not can_read(group.keys) or not can_read(group.values):
             raise ValueError(
                 f"keep is {self.keep}, but this layer's maps are quantised, adapted, sharded or hooked; slice it before"
             )
@@ -384,7 +384,7 @@ class Pattention(nn.Module):
             and self.bias is None
             and self.keep == 1.0
             and not _is_traced()
-            and all(_is_plain(m) for group in groups or self._token_groups for m in (group.keys, group.values))
+            and all(can_read(m) for group in groups or self._token_groups for m in (group.keys, group.values))
         )
 
     def _set_default_tau(self) -> None:
@@ -437,14 +437,3 @@ def check_group(name: str, num_tokens: int) -> None:
         )
     if num_tokens < 0:
         raise ValueError(f"token group {name!r} cannot have {num_tokens} parameter tokens")
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return (
-        type(module) is nn.Linear
-        and "forward" not in module.__dict__
-        and not (
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        )
-        and all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
-    )

@@ -95,7 +95,7 @@ def make_optimizer(model: Any, recipe: Recipe, states: OptimizerState) -> torch.
     """
     t = recipe.training
     training = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    blocks = model.base_model.get_submodule(architecture_of(model.config).blocks)
+    blocks = architecture_of(model.config).blocks_of(model)
     matrices = {p for p in blocks.parameters() if p.dim() == 2} if t.optimizer == "muon" else set()
     muon = [p for p in training.values() if p in matrices]
     others = [p for p in training.values() if p not in matrices]

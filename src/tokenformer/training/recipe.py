@@ -188,7 +188,7 @@ class Stage(Section):
         """Keyword arguments for `grow`; empty where this stage does not grow."""
         fields = {"preset", "qkv_param_tokens", "output_param_tokens", "ffn_param_tokens", "num_hidden_layers"}
         asked = self.model_dump(include=fields, exclude_none=True)
-        norm = {"token_group_norm": self.token_group_norm} if self.token_group_norm else {}
+        norm = {"norm": self.token_group_norm} if self.token_group_norm else {}
         return {**asked, "name": self.group, **norm} if asked else {}
 
 

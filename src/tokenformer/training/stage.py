@@ -24,7 +24,7 @@ from ..checkpoints.optimizer import OPTIMIZER_FILE, OptimizerState
 from ..data.blocks import training_order
 from ..data.text import TextData
 from ..evaluate import Evaluation, evaluate
-from ..growth.architectures import token_groups
+from ..growth.architectures import group_names
 from ..growth.freeze import freeze_only
 from ..models.pattention import Pattention
 from .log import Log
@@ -122,7 +122,7 @@ class StageRun(TrainerCallback):
         with torch.no_grad():
             logits = model(sample, use_cache=False).logits
             states = grow_with_states(model, states, **self.stage.growth)
-            self.added_group = token_groups(model.config)[-1]["name"]
+            self.added_group = group_names(model.config)[-1]
             equal = torch.equal(model(sample, use_cache=False).logits, logits)
         if not quiet:
             after = self._evaluate(model).loss
