@@ -1,5 +1,7 @@
 """The rules of a comparison, its segments, budgets and text."""
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -17,6 +19,8 @@ from tokenformer.compare.run import compare, load_text, rehearse
 from tokenformer.errors import CheckpointError, DataError, EvaluationError, GrowthError, RecipeError
 from tokenformer.growth.freeze import freeze_only
 from tokenformer.training.recipe import parse_recipe
+
+TEXT = {"text_sha256": "a"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -96,11 +100,11 @@ def test_parameters_can_be_required_to_be_equal(content, tmp_path):
 
 def test_rules_stand_before_results(content, tmp_path):
     results = Results(tmp_path)
-    results.begin(parsed(content), "trial")
-    results.begin(parsed(content), "trial")
+    results.begin(parsed(content), "trial", TEXT)
+    results.begin(parsed(content), "trial", TEXT)
     assert [line["event"] for line in results.lines()] == ["recipe"]
     more = parsed(content, seeds=[0, 1, 2], arms={**content["arms"], "again": {"model": TOKENS}})
-    results.begin(more, "trial")
+    results.begin(more, "trial", TEXT)
     for changes in (
         {"seeds": [0]},
         {"seeds": [3, 0, 1, 2]},
@@ -109,7 +113,37 @@ def test_rules_stand_before_results(content, tmp_path):
         {"learning_rates": [1e-3]},
     ):
         with pytest.raises(RecipeError, match=f"differs from the one .* in .*{next(iter(changes))}"):
-            results.begin(parsed(content, **changes), "trial")
+            results.begin(parsed(content, **changes), "trial", TEXT)
+
+
+def test_a_comparison_does_not_go_on_with_another_text(tmp_path):
+    (tmp_path / "text").mkdir()
+    recipe = parsed(comparison(tmp_path / "text"))
+    Results(tmp_path).begin(recipe, "trial", load_text(recipe, tmp_path).report.facts)
+    for path in (tmp_path / "text").iterdir():
+        path.write_text(path.read_text(encoding="utf-8").replace("question", "answer"), encoding="utf-8")
+    with pytest.raises(DataError, match=r"\(Python 3.*differ: .*text_sha256 \w+ then \w+.* Results on different texts"):
+        compare(recipe, tmp_path)
+    assert [line["event"] for line in read_results(tmp_path / "results.jsonl")] == ["recipe"]
+
+
+def test_results_of_a_version_that_kept_no_text_can_be_added_to(content, tmp_path):
+    results = Results(tmp_path)
+    results.begin(parsed(content), "trial", TEXT)
+    [line] = results.lines()
+    results.path.write_text(json.dumps({field: value for field, value in line.items() if field != "text"}) + "\n")
+    results.begin(parsed(content), "trial", TEXT)
+    assert [line.get("text") for line in results.lines()] == [None, TEXT]
+    with pytest.raises(DataError, match="text_sha256 a then b"):
+        results.begin(parsed(content), "trial", {"text_sha256": "b"})
+
+
+def test_a_start_that_failed_leaves_no_tokenizer_to_the_next(content, tmp_path):
+    with pytest.raises(RecipeError, match="no architecture"):
+        compare(parsed(content, arms={"small": {"model": {"architecture": "none"}}}), tmp_path)
+    recipe = parsed(content, data={**content["data"], "tokenizer": "bpe:300"})
+    assert len(load_text(recipe, tmp_path, fresh=True).report.tokenizer) == 300
+    assert len(load_text(parsed(content), tmp_path).report.tokenizer) == 300  # it has begun: the tokenizer stays
 
 
 def test_a_recipe_may_be_based_on_another_but_not_on_itself(content, tmp_path):
@@ -126,7 +160,7 @@ def test_a_recipe_may_be_based_on_another_but_not_on_itself(content, tmp_path):
 
 def test_results_survive_a_line_cut_short(content, tmp_path):
     results = Results(tmp_path)
-    results.begin(parsed(content), "trial")
+    results.begin(parsed(content), "trial", TEXT)
     with results.path.open("a") as stream:
         stream.write('{"event": "segment", "id": "a", "lo')
     results.add({"event": "segment", "id": "a"}, {"event": "segment", "id": "b"})

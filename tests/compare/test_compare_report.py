@@ -17,7 +17,7 @@ from tokenformer.compare.findings import Findings
 from tokenformer.compare.page import Code, Paragraph, Table, html_page, markdown_page, scientific
 from tokenformer.compare.pictures import _spread
 from tokenformer.compare.report import write_report
-from tokenformer.errors import CheckpointError, EvaluationError, RecipeError
+from tokenformer.errors import CheckpointError, DataError, EvaluationError, RecipeError
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOKENS = {"architecture": "tokenformer", **SMALL}
@@ -430,6 +430,10 @@ def test_nothing_to_report(tmp_path):
         write_report([line for line in lines if line.get("purpose") != "final"], tmp_path / "no")
     with pytest.raises(RecipeError, match="'ffn scratch' is in the results"):
         write_report([*lines, run("ffn scratch", 0, BUDGETS[0])], tmp_path / "no")
+    one, other = ({**lines[0], "date": date, "text": {"text_sha256": date}} for date in ("2026-01-03", "2026-01-04"))
+    with pytest.raises(DataError, match="text_sha256 2026-01-03 then 2026-01-04"):
+        write_report([*lines, other, one], tmp_path / "no")
+    Findings.of([*lines, one, {**other, "text": one["text"]}])
     with pytest.raises(RecipeError, match="several comparisons"):
         write_report([*lines, *comparison(THREE, question="Another?")], tmp_path / "no")
     assert not (tmp_path / "no").exists()

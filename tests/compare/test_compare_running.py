@@ -43,7 +43,7 @@ def content(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(content, tmp_path_factory):
     folder, began = tmp_path_factory.mktemp("compare"), time.monotonic()
-    Results(folder).begin(parsed(content), "trial")
+    Results(folder).begin(parsed(content), "trial", {"text_sha256": "a"})
     work(parsed(content), folder, list(content["arms"]))
     return folder, read_results(folder / "results.jsonl"), time.monotonic() - began
 
@@ -145,7 +145,7 @@ def test_killed_at_any_moment_gives_the_same_results(content, tmp_path, seed):
     whole, killed, began = tmp_path / "whole", tmp_path / "killed", time.monotonic()
     for folder in (whole, killed):
         folder.mkdir()
-        Results(folder).begin(recipe, "trial")
+        Results(folder).begin(recipe, "trial", {"text_sha256": "a"})
     assert run_and_kill(lambda: work(recipe, whole, list(recipe.arms)), math.inf)
     usual = time.monotonic() - began
     while not run_and_kill(

@@ -12,7 +12,7 @@ from ..errors import EvaluationError, RecipeError
 from ..sections import parse_sections
 from .page import scientific
 from .recipe import CompareRecipe
-from .results import MAY_GAIN, Line
+from .results import MAY_GAIN, Line, check_same_text
 from .statistics import Estimate, Verdict, estimate, holm, paired_difference, reached, verdict
 
 _UNITS = {"training_flops": "training FLOPs", "text_tokens": "text tokens", "seconds": "seconds of training"}
@@ -69,6 +69,7 @@ class Findings:
 
         Raises:
             RecipeError: no recipe among them, one that makes no sense, those of several comparisons, or an unknown arm.
+            DataError: they are of different texts.
             EvaluationError: no final run is there yet.
         """
         begun = sorted((line for line in lines if line.get("event") == "recipe"), key=lambda line: line["date"])
@@ -83,6 +84,7 @@ class Findings:
                 "these lines are of several comparisons: their recipes differ in more than "
                 f"{', '.join(MAY_GAIN)}; report each by itself"
             )
+        check_same_text(begun)
         recipe = parse_sections(CompareRecipe, begun[-1]["recipe"], where="the recipe in the results")
         finals: dict[tuple[str, float], dict[int, Line]] = {}
         tunings: dict[str, list[Line]] = {arm: [] for arm in recipe.arms}

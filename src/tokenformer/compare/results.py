@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from filelock import FileLock
 
 from ..checkpoints.files import disk_errors
 from ..checkpoints.lineage import Event
-from ..errors import RecipeError
+from ..errors import DataError, RecipeError
 from .recipe import CompareRecipe
 
 Line = dict[str, Any]
@@ -47,11 +49,17 @@ class Results:
                 stream.write("".join(f"{line}\n" for line in new).encode())
             return True
 
-    def begin(self, recipe: CompareRecipe, name: str) -> None:
-        """Write down the rules before anything runs.
+    def begin(self, recipe: CompareRecipe, name: str, text: dict[str, Any]) -> None:
+        """Write down the rules, and what the text is, before anything runs.
+
+        Args:
+            recipe: the rules.
+            name: of the comparison.
+            text: facts of the text, `text_sha256` among them.
 
         Raises:
-            RecipeError: the comparison began with others; arms, seeds and budgets may be added, nothing else.
+            RecipeError: the comparison began with other rules; arms, seeds and budgets may be added, nothing else.
+            DataError: it began with another text.
         """
         content = recipe.model_dump(exclude_unset=True)
         began = next((line["recipe"] for line in reversed(self.lines()) if line["event"] == "recipe"), content)
@@ -62,7 +70,9 @@ class Results:
                 f"before the first run: only {', '.join(MAY_GAIN)} may be added, after those that are there. Give "
                 "another folder with --output"
             )
-        self.add({"event": "recipe", "name": name, "recipe": content, **_circumstances(recipe)})
+        line = {"event": "recipe", "name": name, "recipe": content, "text": text, **_circumstances(recipe)}
+        check_same_text([*(there for there in self.lines() if there["event"] == "recipe"), line])
+        self.add(line)
 
 
 def read_results(path: Path) -> list[Line]:
@@ -87,6 +97,25 @@ def read_results(path: Path) -> list[Line]:
     return found
 
 
+def check_same_text(begun: Sequence[Line]) -> None:
+    """Check that recipe lines are of the same text; what older versions wrote does not say.
+
+    Raises:
+        DataError: says which facts differ.
+    """
+    known = [line for line in begun if "text" in line]
+    for first, other in pairwise(known):
+        old, new = first["text"], other["text"]
+        if old["text_sha256"] != new["text_sha256"]:
+            facts = [f"{fact} {old.get(fact)} then {new[fact]}" for fact in new if old.get(fact) != new[fact]]
+            raise DataError(
+                f"the text of {first['date']} (Python {first['versions'].get('python')}) and that of {other['date']} "
+                f"(Python {other['versions'].get('python')}) differ: {', '.join(facts)}. Results on different texts "
+                "cannot be compared. Bring the first text back, or use another folder with --output; python-stdlib is "
+                "the library of the Python that runs, so that all machines need the same version"
+            )
+
+
 def _circumstances(recipe: CompareRecipe) -> Line:
     """When, with which versions and on what machine: nothing that names the host."""
     now = Event(operation="compare")
@@ -104,7 +133,7 @@ def _key(line: Line) -> Any:
         return "segment", line["id"]
     if line["event"] == "run":
         return "run", *(line[field] for field in ("arm", "seed", "learning_rate", "budget", "purpose"))
-    return "recipe", json.dumps(line["recipe"], sort_keys=True)
+    return "recipe", json.dumps([line["recipe"], line.get("text", {}).get("text_sha256")], sort_keys=True)
 
 
 def _extends(old: Any, new: Any, *, may: bool) -> bool:

@@ -64,6 +64,7 @@ def compare(
 
     Raises:
         RecipeError: the recipe makes no sense, or the folder holds another comparison.
+        DataError: the folder holds a comparison on another text.
         DataError, TokenizerError, GrowthError, CheckpointError: from text, growing, files.
         TokenformerError: a worker failed.
         KeyboardInterrupt: after Ctrl-C, once the workers have saved their state.
@@ -72,9 +73,9 @@ def compare(
     with disk_errors(run):
         run.mkdir(parents=True, exist_ok=True)
     results = Results(run)
-    text = load_text(recipe, run)
+    text = load_text(recipe, run, fresh=not results.lines())
     rehearse(recipe, text)
-    results.begin(recipe, name)
+    results.begin(recipe, name, text.report.facts)
     index, count = _share()
     arms = list(recipe.arms)[index::count]
     devices = _devices()
@@ -110,10 +111,16 @@ def compare(
     return lines
 
 
-def load_text(recipe: CompareRecipe, folder: Path) -> Text:
-    """Read the text and its held-out documents; one process at a time, the others find it cached."""
+def load_text(recipe: CompareRecipe, folder: Path, *, fresh: bool = False) -> Text:
+    """Read the text and its held-out documents; one process at a time, the others find it cached.
+
+    A `fresh` comparison, one without results, makes its tokenizer anew: one that is there is of an attempt that failed,
+    perhaps on another text.
+    """
     length = recipe.training.sequence_length
     with FileLock(folder / ".text.lock"):
+        if fresh:
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
         data = prepare(recipe.data, sequence_length=length, tokenizer_folder=folder / "tokenizer")
         return Text(*_halve_validation(data, sequence_length=length))
 
