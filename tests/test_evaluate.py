@@ -2,16 +2,18 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import tiny
+from tokenizers import Tokenizer, models
 from typer.testing import CliRunner
 
 from tokenformer.checkpoints.checkpoint import save_checkpoint
 from tokenformer.checkpoints.lineage import Lineage
 from tokenformer.cli import app as cli
-from tokenformer.data.tokenizer import make_tokenizer
+from tokenformer.data.tokenizer import make_tokenizer, open_tokenizer, vocabulary_size
 from tokenformer.errors import EvaluationError, MissingExtraError, TokenformerError
 from tokenformer.evaluate import evaluate_tasks, evaluate_text
 
@@ -85,7 +87,7 @@ def log_likelihood(model, tokenizer, context, continuation):
 def test_bits_per_byte_are_lm_evals(model, tokenizer, text_task, tmp_path):
     results = evaluate_tasks(model, tokenizer, [text_task])
     (tmp_path / "page.txt").write_text(TEXT)
-    ours = evaluate_text(model, tokenizer, str(tmp_path / "page.txt"), sequence_length=512)
+    ours = evaluate_text(model, tokenizer, str(tmp_path / "page.txt"), block_length=512)
     # We also predict that the document ends, which lm-eval does not ask.
     ids = [tokenizer.eos_token_id, *tokenizer(TEXT)["input_ids"]]
     assert ours.text_tokens == len(ids)
@@ -131,14 +133,49 @@ def test_command_line(model, tokenizer, choice_task, tmp_path):
     arguments = ["evaluate", str(tmp_path / "ours"), "--text", str(tmp_path / "page.txt"), "--tasks", choice_task]
     done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 0, done.output
-    assert "in blocks of 512 text tokens" in done.output and "local_task" in done.output and "acc" in done.output
+    assert "in text blocks of 512 text tokens" in done.output and "local_task" in done.output and "acc" in done.output
     with pytest.raises(EvaluationError, match="nothing to evaluate on: give --text"):
         CliRunner().invoke(cli.app, arguments[:2], catch_exceptions=False)
 
 
 def test_blocks_longer_than_the_context(model, tokenizer):
-    with pytest.raises(EvaluationError, match="blocks of 513 text tokens were asked for; the model reads 512 at most"):
-        evaluate_text(model, tokenizer, "anything", sequence_length=513)
+    with pytest.raises(EvaluationError, match=r"text blocks of 513 text tokens were .*; the model reads 512 at most"):
+        evaluate_text(model, tokenizer, "anything", block_length=513)
+
+
+@pytest.mark.parametrize(
+    ("context", "vocabulary", "length", "batch"),
+    [(512, 257, 512, 16), (8192, 49152, 2048, 2), (131072, 2**20, 2048, 1), (1024, 50257, 1024, 5)],
+)
+def test_memory_chooses_the_batch_and_not_the_length(
+    tokenizer, tmp_path, monkeypatch, context, vocabulary, length, batch
+):
+    (tmp_path / "page.txt").write_text(TEXT * 200)
+    asked = {}
+    monkeypatch.setattr(
+        "tokenformer.evaluate.evaluate", lambda model, blocks, **rest: asked.update(rest, blocks=blocks)
+    )
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context, vocab_size=vocabulary))
+    evaluate_text(model, tokenizer, str(tmp_path / "page.txt"))
+    assert (len(asked["blocks"][0]["input_ids"]), asked["batch_size"]) == (length, batch)
+
+
+def test_batches_do_not_change_what_is_measured(model, tokenizer, tmp_path):
+    (tmp_path / "page.txt").write_text(TEXT)
+    page = str(tmp_path / "page.txt")
+    found = [evaluate_text(model, tokenizer, page, block_length=50, batch_size=size) for size in (1, 4, 16)]
+    assert {one.text_tokens for one in found} == {len(tokenizer(TEXT)["input_ids"]) + 1}
+    assert [one.loss for one in found] == pytest.approx([found[0].loss] * 3, rel=1e-12)
+
+
+def test_ids_beyond_the_embedding_are_refused_however_few_entries_there_are(model, tmp_path):
+    vocabulary = {"<|endoftext|>": 0, "a": 1, "b": 400}
+    Tokenizer(models.BPE(vocab=vocabulary, merges=[])).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = open_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "page.txt").write_text("abab")
+    assert len(tokenizer) <= 257 and vocabulary_size(tokenizer) == 401
+    with pytest.raises(EvaluationError, match=r"tokenizer's ids go up to 400 and the model's embedding has 257 rows"):
+        evaluate_text(model, tokenizer, str(tmp_path / "page.txt"))
 
 
 @pytest.mark.slow  # lm-eval reads all the tasks it brings

@@ -14,7 +14,7 @@ from tokenformer.cli.app import app
 ROOT = Path(tokenformer.__file__).parent
 # A wing imports its own modules and what stands above it in this list; modules never import each other in a circle.
 ORDER = [
-    ["errors", "quiet", "sections"],
+    ["batches", "errors", "quiet", "sections"],
     ["models"],
     ["growth"],
     ["data", "cost"],

@@ -26,7 +26,7 @@ def held_out(checkpoint: Path, *, num_blocks: int) -> tuple[datasets.Dataset, in
     length = recipe.training.sequence_length
     data = prepare(recipe.data, sequence_length=length, tokenizer_folder=checkpoint, tokenizer=tokenizer)
     blocks = data.validation_blocks.select(range(min(num_blocks, len(data.validation_blocks))))
-    predicted = [i for labels in blocks["labels"] for i in labels[1:] if i != -100]
+    predicted = [i for ids in blocks["input_ids"] for i in ids[1:]]
     return blocks, len(tokenizer.decode(predicted, skip_special_tokens=True).encode())
 
 

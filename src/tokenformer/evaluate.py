@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .batches import batches
 from .data.blocks import pack, utf8_bytes
 from .data.sources import load_documents
+from .data.tokenizer import vocabulary_size
 from .errors import EvaluationError, MissingExtraError, first_line
 
 
@@ -44,52 +47,75 @@ def evaluate(
 
     Args:
         model: any transformers causal language model.
-        blocks: a dataset of `{"input_ids": [T], "labels": [T]}` as `data.pack` makes them; -100 is not predicted.
+        blocks: text blocks `{"input_ids": [T]}` as `data.blocks.pack` makes them.
         num_bytes: UTF-8 bytes of the text the blocks were made from.
-        batch_size: blocks per forward pass.
+        batch_size: text blocks per forward pass.
         dtype: autocast to this type; default: compute in the weights' own.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    for start in range(0, len(blocks), batch_size):
-        batch = blocks[start : start + batch_size]
-        input_ids = torch.as_tensor(batch["input_ids"], device=device)
-        labels = torch.as_tensor(batch["labels"], device=device)[:, 1:]
+    for ids in batches(blocks, batch_size):
+        input_ids = ids.to(device)
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
-        losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+        predicted = input_ids[:, 1:].flatten()
+        losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), predicted, reduction="none")
         total += losses.cpu().double().sum().item()
-        count += int((labels != -100).sum())
+        count += predicted.numel()
     model.train(was_training)
     return Evaluation(total / count, total / math.log(2) / num_bytes, count)
 
 
 def evaluate_text(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: str, *, sequence_length: int, batch_size: int = 16
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str | Sequence[str],
+    *,
+    block_length: int | None = None,
+    batch_size: int | None = None,
 ) -> Evaluation:
-    """Predict all text of `source`, packed as in training: documents apart by end-of-text, in blocks.
+    """Predict all text of `source`, packed as in training: documents apart by end-of-text, in text blocks.
 
     Args:
         model: any transformers causal language model.
         tokenizer: its tokenizer, with an end-of-text token.
-        source: as `data.source` of a recipe: a name, file, folder or glob.
-        sequence_length: text tokens in a block; the first of each is context only.
-        batch_size: blocks per forward pass.
+        source: as `data.source` of a recipe: a name, file, folder or glob, or several.
+        block_length: text tokens in a text block; the first of each is context only. Default: the model's context, but
+            2,048 at most, on every machine: bits per byte depend on it.
+        batch_size: text blocks per forward pass. Default: 16, or fewer where their logits would take more than 1 GiB.
 
     Raises:
-        EvaluationError: `sequence_length` is longer than the model's context.
+        EvaluationError: `block_length` is longer than the model's context, or the tokenizer is not the model's.
         DataError: there is no such text, or it cannot be read.
     """
-    context: Any = model.config.max_position_embeddings  # type: ignore[union-attr]
-    if sequence_length > context:
+    config: Any = model.config
+    length = block_length or default_block_length(config)
+    if length > config.max_position_embeddings:
         raise EvaluationError(
-            f"blocks of {sequence_length} text tokens were asked for; the model reads {context} at most"
+            f"text blocks of {length} text tokens were asked for; the model reads {config.max_position_embeddings} at "
+            "most"
         )
-    documents = load_documents(source, text_column="text", split="train", streaming=False)
-    blocks = pack(documents, tokenizer, block_length=sequence_length, keep_tail=True)
+    if vocabulary_size(tokenizer) > config.vocab_size:
+        raise EvaluationError(
+            f"the tokenizer's ids go up to {vocabulary_size(tokenizer) - 1} and the model's embedding has "
+            f"{config.vocab_size} rows; give the tokenizer that it was trained with"
+        )
+    documents = load_documents(source)
+    blocks = pack(documents, tokenizer, block_length=length, keep_tail=True)
+    batch_size = batch_size or _batch_size(length, config.vocab_size)
     return evaluate(model, blocks, num_bytes=utf8_bytes(documents), batch_size=batch_size)
+
+
+def default_block_length(config: Any) -> int:
+    """Return the text tokens of a text block to judge a model by where nobody says: its context, at most 2,048."""
+    return min(config.max_position_embeddings, 2048)
+
+
+def _batch_size(block_length: int, vocabulary: int) -> int:
+    """Return how many text blocks of logits, in float32, fit in 1 GiB: from 1 to 16."""
+    return max(1, min(16, 2**30 // (4 * block_length * vocabulary)))
 
 
 def evaluate_tasks(

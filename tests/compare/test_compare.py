@@ -309,6 +309,15 @@ def test_no_arm_sees_the_text_it_is_judged_on(content, tmp_path):
         assert half.validation_bytes == sum(len(d.encode()) for d in half.validation_documents["text"])
 
 
+def test_halves_share_no_text_when_documents_repeat(content, tmp_path):
+    rows = [{"text": f"{'abcd'[i % 4]} document " * 3} for i in range(40)]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = parsed(content, data={**content["data"], "validation_source": str(tmp_path / "held.jsonl")})
+    text = load_text(recipe, tmp_path)
+    halves = [half.validation_documents["text"] for half in (text.tuning, text.report)]
+    assert not set(halves[0]) & set(halves[1]) and [len(half) for half in halves] == [20, 20]
+
+
 def test_one_held_out_document_is_too_few(content, tmp_path):
     recipe = parsed(content, data={**content["data"], "validation_fraction": 0.01})
     with pytest.raises(DataError, match="1 document is held out"):

@@ -32,18 +32,16 @@ def ordinary(model_type):
 
 
 def blocks(rows=5, length=12):
-    """Blocks like those of `pack`, the last one filled up."""
-    ids = tokens(rows, length)
-    labels = ids.clone()
-    labels[-1, 5:] = -100
-    return [{"input_ids": i, "labels": label} for i, label in zip(ids.tolist(), labels.tolist(), strict=True)]
+    """Text blocks like those of `pack`, the last one shorter."""
+    *whole, last = tokens(rows, length).tolist()
+    return [{"input_ids": ids} for ids in [*whole, last[:5]]]
 
 
 class Blocks(list):
     """A list that is cut as a dataset is: into columns."""
 
     def __getitem__(self, rows):
-        return {name: [block[name] for block in list(self)[rows]] for name in ("input_ids", "labels")}
+        return {"input_ids": [block["input_ids"] for block in list(self)[rows]]}
 
 
 def text():
@@ -51,14 +49,14 @@ def text():
 
 
 def inputs_of(model, module):
-    """What a module reads while the model reads `text`, rows of padding left out."""
+    """What a module reads while the model reads `text`."""
     seen = []
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    everything = text()[0:]
     with torch.no_grad():
-        model(torch.tensor(everything["input_ids"]))
+        for ids in text()[0:]["input_ids"]:
+            model(torch.tensor([ids]))
     handle.remove()
-    return seen[0].reshape(-1, seen[0].shape[-1])[torch.tensor(everything["labels"]).flatten() != -100]
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in seen])
 
 
 def check(uses, weights, keys, values):

@@ -122,9 +122,11 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Documents of each task.  [default: all]", min=1)] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Text tokens in a block of text.  [default: as trained]", min=2)
+        int | None, typer.Option(help="Text tokens in a text block.  [default: as trained, or 2,048]", min=2)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Blocks or requests at a time.", min=1)] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Text blocks or requests at a time.  [default: as memory allows]", min=1)
+    ] = None,
     keep: Keep = 1.0,
 ) -> None:
     """Measure bits per byte on any text, and run lm-eval's tasks."""
@@ -132,7 +134,7 @@ def evaluate(
 
     from ..checkpoints.checkpoint import load_checkpoint
     from ..errors import EvaluationError, TokenizerError
-    from ..evaluate import evaluate_tasks, evaluate_text
+    from ..evaluate import default_block_length, evaluate_tasks, evaluate_text
     from ..quiet import quiet_libraries
     from ..training.recipe import parse_recipe
     from .tables import task_table
@@ -147,17 +149,17 @@ def evaluate(
     console = Console()
     if text:
         trained = parse_recipe(lineage.last_recipe).training.sequence_length if lineage.last_recipe else None
-        length = sequence_length or trained or model.config.max_position_embeddings
-        title = f"Text, in blocks of {length:,} text tokens"
+        length = sequence_length or trained or default_block_length(model.config)
+        title = f"Text, in text blocks of {length:,} text tokens"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for column in ("source", "text tokens", "loss", "bits/byte"):
             table.add_column(column, justify="left" if column == "source" else "right")
         for source in text:
-            found = evaluate_text(model, tokenizer, source, sequence_length=length, batch_size=batch_size)
+            found = evaluate_text(model, tokenizer, source, block_length=length, batch_size=batch_size)
             table.add_row(source, f"{found.text_tokens:,}", f"{found.loss:.4f}", f"{found.bits_per_byte:.4f}")
         console.print(table)
     if tasks:
-        results = evaluate_tasks(model, tokenizer, tasks.split(","), limit=limit, batch_size=batch_size)
+        results = evaluate_tasks(model, tokenizer, tasks.split(","), limit=limit, batch_size=batch_size or 16)
         console.print(task_table(results))
 
 

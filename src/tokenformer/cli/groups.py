@@ -369,7 +369,7 @@ def _judged(checkpoint: Path) -> tuple[Any, Any, Any, Callable[[str], Any]]:
     import torch
 
     from ..checkpoints.checkpoint import load_checkpoint
-    from ..data.blocks import sample_blocks
+    from ..data.blocks import text_blocks
     from ..errors import TokenizerError
     from ..quiet import quiet_libraries
 
@@ -379,7 +379,7 @@ def _judged(checkpoint: Path) -> tuple[Any, Any, Any, Callable[[str], Any]]:
         raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")
     model.to(torch.accelerator.current_accelerator() or "cpu")
     length = min(model.config.max_position_embeddings, 512)
-    return model, tokenizer, lineage, lambda source: sample_blocks(source, tokenizer, block_length=length)
+    return model, tokenizer, lineage, lambda source: text_blocks(source, tokenizer, block_length=length)
 
 
 def _inspect_use(

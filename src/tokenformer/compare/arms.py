@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from ..data.text import TextData
+from ..data.tokenizer import vocabulary_size
 from ..errors import RecipeError
 from ..training.recipe import model_config
 from .recipe import Arm, ArmStage, CompareRecipe
@@ -134,7 +135,7 @@ def arm_config(arm: Arm, data: TextData, *, context: int, where: str) -> Any:
     try:
         return model_config(
             arm.model,
-            vocab_size=len(data.tokenizer),
+            vocab_size=vocabulary_size(data.tokenizer),
             max_position_embeddings=context,
             tie_word_embeddings=True,
             bos_token_id=end,

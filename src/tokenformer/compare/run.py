@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -315,20 +316,25 @@ def _default_workers(recipe: CompareRecipe, devices: list[str]) -> int:
 
 
 def _halve_validation(data: TextData, *, sequence_length: int) -> tuple[TextData, TextData]:
-    """Return `data` twice, each with about half of the held-out documents: one to choose by, one to report.
+    """Return `data` twice, each with about half of the held-out texts: one to choose by, one to report.
 
     Raises:
-        DataError: there is one held-out document only.
+        DataError: there is one held-out text only.
     """
     documents = data.validation_documents
-    if len(documents) < 2:
+    sizes: Counter[str] = Counter()
+    for text in documents["text"]:
+        sizes[text] += len(text.encode())
+    if len(sizes) < 2:
         raise DataError(
-            f"{len(documents)} document is held out, but tuning and reporting need one each: raise "
+            f"{len(sizes)} document is held out, but tuning and reporting need one each: raise "
             "data.validation_bytes or data.validation_fraction, or give text of more documents"
         )
-    sizes = np.cumsum([len(text.encode()) for text in documents["text"]])
-    middle = int(np.clip(np.searchsorted(sizes, sizes[-1] / 2) + 1, 1, len(documents) - 1))
-    halves = [documents.select(range(middle)), documents.select(range(middle, len(documents)))]
+    ends = np.cumsum(list(sizes.values()))
+    middle = int(np.clip(np.searchsorted(ends, ends[-1] / 2) + 1, 1, len(ends) - 1))
+    chosen = set(list(sizes)[:middle])
+    sides = [[i for i, text in enumerate(documents["text"]) if (text in chosen) is side] for side in (True, False)]
+    halves = [documents.select(side) for side in sides]
     first, second = (
         replace(
             data,

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from .. import cost
+from ..batches import batches
 from ..checkpoints.checkpoint import load_checkpoint
 from ..checkpoints.lineage import Lineage
 from ..checkpoints.optimizer import OptimizerState, load_states
@@ -123,7 +124,7 @@ def _grow(
 ) -> tuple[Any, OptimizerState, Line]:
     """Grow, and say what it did to size, loss and logits."""
     assert segment.growth is not None
-    sample = torch.tensor(text.report.validation_blocks[:4]["input_ids"])
+    sample = next(batches(text.report.validation_blocks, 4))
     before, parameters = _evaluate(model, text.report, training), cost.parameters(model.config)
     with torch.no_grad():
         logits = model.eval()(sample, use_cache=False).logits

@@ -1,9 +1,12 @@
-"""Documents into text blocks: stretches of text-token ids of one length, and their order."""
+"""Documents into text blocks: stretches of text-token ids of one length, and their order.
+
+A block stores each text token once: what it predicts is itself, one position on.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -12,13 +15,14 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
+from .cache import cached
 from .sources import Documents, load_documents, texts_of
 
 
 def pack(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, *, block_length: int, keep_tail: bool = False
 ) -> Documents:
-    """Tokenise documents once and cut them into blocks `{"input_ids": [block_length], "labels": [block_length]}`.
+    """Tokenise documents once and cut them into text blocks `{"input_ids": [block_length]}`.
 
     The stream is EOS, document, EOS, document, …, EOS; neighbouring blocks share one text token, so that every one but
     the first is predicted exactly once. A dataset's blocks are memory-mapped from the cache of `datasets`, found again
@@ -27,28 +31,18 @@ def pack(
     Args:
         documents: rows of {"text"}.
         tokenizer: any with an end-of-text token.
-        block_length: text tokens in a block.
-        keep_tail: fill the last block up (labels -100) instead of leaving its rest out.
+        block_length: text tokens in a text block.
+        keep_tail: keep what is left of the text as a last, shorter block.
 
     Raises:
         DataError: less text than one block.
     """
     arguments = {"documents": documents, "tokenizer": tokenizer, "block_length": block_length, "keep_tail": keep_tail}
     if isinstance(documents, datasets.IterableDataset):
-        return datasets.IterableDataset.from_generator(_blocks, gen_kwargs=arguments)
+        return datasets.IterableDataset.from_generator(_text_blocks, gen_kwargs=arguments)
     identity = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
-    key = Hasher.hash([documents._fingerprint, identity, tokenizer.eos_token_id, block_length, keep_tail, 1])
-    cache = str(datasets.config.HF_DATASETS_CACHE / "tokenformer")
-    try:
-        return datasets.Dataset.from_generator(
-            _blocks, gen_kwargs=arguments, fingerprint=key, features=_FEATURES, cache_dir=cache
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
-            raise error.__cause__ from None
-        if isinstance(error.__cause__, OSError):
-            raise DataError(f"could not keep the tokenised text in {cache}: {error.__cause__}") from error
-        raise
+    key = Hasher.hash([documents._fingerprint, identity, tokenizer.eos_token_id, block_length, keep_tail, 2])
+    return cached(_text_blocks, arguments, _FEATURES, key=key)
 
 
 def training_order(num_blocks: int, start: int, count: int, *, seed: int) -> np.ndarray:
@@ -62,15 +56,25 @@ def training_order(num_blocks: int, start: int, count: int, *, seed: int) -> np.
     return order[first : first + count]
 
 
-def sample_blocks(
-    source: str, tokenizer: PreTrainedTokenizerBase, *, block_length: int, text_tokens: int = 65_536
+def text_blocks(
+    source: str | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_length: int = 512,
+    text_tokens: int = 65_536,
 ) -> datasets.Dataset:
-    """Return about `text_tokens` of the text of `source`, from all over it, packed into blocks: to judge a model by.
+    """Return a sample of a text in text blocks, to judge a model by: what `prune`, `sort` and `route` take.
+
+    Args:
+        source: as `data.source` of a recipe: a name, file, folder or glob, or several.
+        tokenizer: the model's, with an end-of-text token.
+        block_length: text tokens in a text block; the model's context at most.
+        text_tokens: about how many to take, from all over the text.
 
     Raises:
         DataError: there is no such text, it cannot be read, or it is shorter than a block.
     """
-    documents = load_documents(source, text_column="text", split="train", streaming=False)
+    documents = load_documents(source)
     order = np.random.default_rng(0).permutation(len(documents))
     sizes = np.cumsum([len(documents[int(i)]["text"]) for i in order[: text_tokens // 8]])
     enough = int(np.searchsorted(sizes, 16 * text_tokens)) + 1
@@ -84,10 +88,10 @@ def utf8_bytes(documents: Iterable[Any]) -> int:
     return sum(len(row["text"].encode()) for row in documents)
 
 
-_FEATURES = datasets.Features({c: datasets.List(datasets.Value("int32")) for c in ("input_ids", "labels")})
+_FEATURES = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
 
 
-def _blocks(
+def _text_blocks(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, block_length: int, keep_tail: bool
 ) -> Iterator[dict[str, list[int]]]:
     eos = tokenizer.eos_token_id
@@ -99,16 +103,14 @@ def _blocks(
             stream += [*ids, eos]
         start = 0
         while start + block_length <= len(stream):
-            block = stream[start : start + block_length]
-            yield {"input_ids": block, "labels": block}
+            yield {"input_ids": stream[start : start + block_length]}
             start += block_length - 1
             made += 1
         stream = stream[start:]
     if keep_tail and len(stream) > 1:
-        missing = block_length - len(stream)
-        yield {"input_ids": stream + [eos] * missing, "labels": stream + [-100] * missing}
+        yield {"input_ids": stream}
     elif not made:
         raise DataError(
-            f"the text is shorter than one block of {block_length} text tokens; give more than these {len(stream)}, or "
-            "shorter blocks"
+            f"the text is shorter than one text block of {block_length} text tokens; give more than these "
+            f"{len(stream)}, or shorter blocks"
         )

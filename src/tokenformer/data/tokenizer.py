@@ -79,3 +79,11 @@ def open_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
             f"tokenizer {str(spec)!r} has no end-of-text token, which separates documents; choose another"
         )
     return loaded
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many rows of an embedding the text tokens reach: one more than the largest id.
+
+    `len(tokenizer)` counts entries, which are fewer where ids are left out.
+    """
+    return 1 + max(tokenizer.get_vocab().values())

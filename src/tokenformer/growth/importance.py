@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..batches import batches
 from ..errors import GrowthError
 from ..models.pattention import Pattention
 from .architectures import TokenMap, architecture_of, places
@@ -99,10 +100,9 @@ def measure(
     Args:
         model: a TokenFormer, or an ordinary transformer with a row in the table of architectures, whose neurons are
             kept by token group from then on.
-        blocks: a dataset of `{"input_ids": [T], "labels": [T]}` as `data.pack` makes them; text tokens labelled -100,
-            which fill up the last block, do not count.
-        batch_size: blocks per forward pass; memory grows with it, not with the length of the text.
-        on_batch: called with the blocks done and the blocks there are.
+        blocks: text blocks `{"input_ids": [T]}` as `data.text_blocks` makes them.
+        batch_size: text blocks per forward pass; memory grows with it, not with the length of the text.
+        on_batch: called with the text blocks done and the text blocks there are.
 
     Raises:
         GrowthError: no row in the table, no text, or weights that are not finite.
@@ -111,24 +111,23 @@ def measure(
     device = next(model.parameters()).device
 
     def see(block: int, token_map: TokenMap, weights: dict[str, Tensor]) -> None:
-        rows = {group: w.reshape(-1, w.shape[-1])[is_text].float() for group, w in weights.items()}
+        rows = {group: w.reshape(-1, w.shape[-1]).float() for group, w in weights.items()}
         share = torch.cat(list(rows.values()), dim=-1).square().mean(dim=-1, keepdim=True)
         of_map = sums.setdefault((block, token_map.name), {})
         for group, w in rows.items():
             new = torch.stack([w.sum(0), w.square().sum(0), (w.square() > share).float().sum(0)]).cpu().double()
             of_map[group] = of_map[group] + new if group in of_map else new
 
-    was_training, count = model.training, 0
+    was_training, count, done = model.training, 0, 0
     model.eval()
     try:
         with watched_weights(model, see):
-            for start in range(0, len(blocks), batch_size):
-                batch = blocks[start : start + batch_size]
-                is_text = torch.as_tensor(batch["labels"], device=device).flatten() != -100
-                count += int(is_text.sum())
-                model.base_model(input_ids=torch.as_tensor(batch["input_ids"], device=device), use_cache=False)
+            for ids in batches(blocks, batch_size):
+                model.base_model(input_ids=ids.to(device), use_cache=False)
+                count += ids.numel()
+                done += len(ids)
                 if on_batch is not None:
-                    on_batch(min(start + batch_size, len(blocks)), len(blocks))
+                    on_batch(done, len(blocks))
     finally:
         model.train(was_training)
     if not count:

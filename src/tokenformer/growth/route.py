@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..batches import batches
 from ..errors import GrowthError
 from ..models.pattention import Pattention
 from .architectures import (
@@ -157,9 +158,8 @@ def _inputs(model: PreTrainedModel, layers: list[Pattention], blocks: Any, batch
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(blocks), batch_size):
-            ids = torch.as_tensor(blocks[start : start + batch_size]["input_ids"], device=model.device)
-            model(input_ids=ids, use_cache=False)
+        for ids in batches(blocks, batch_size):
+            model(input_ids=ids.to(model.device), use_cache=False)
     finally:
         model.train(was_training)
         for hook in hooks:

@@ -18,6 +18,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..checkpoints.checkpoint import load_tokenizer, read_config
 from ..checkpoints.files import check_target, disk_errors
 from ..data.text import TextData, prepare
+from ..data.tokenizer import vocabulary_size
 from ..errors import CheckpointError, GrowthError, RecipeError, TokenizerError
 from ..growth.freeze import freeze_only
 from ..growth.grow import grow
@@ -85,10 +86,10 @@ def prepare_run(recipe: Recipe, run: Path) -> TextData:
     length = recipe.training.sequence_length
     with processes().main_process_first():
         data = prepare(recipe.data, sequence_length=length, tokenizer_folder=run / "tokenizer", tokenizer=tokenizer)
-    if config is not None and len(data.tokenizer) > config.vocab_size:
+    if config is not None and vocabulary_size(data.tokenizer) > config.vocab_size:
         raise TokenizerError(
-            f"tokenizer {recipe.data.tokenizer} has {len(data.tokenizer)} entries, the embedding of {initial}, which "
-            f"came without a tokenizer, {config.vocab_size}: name the one it was trained with as data.tokenizer"
+            f"the ids of tokenizer {recipe.data.tokenizer} go up to {vocabulary_size(data.tokenizer) - 1}, and the "
+            f"embedding of {initial} has {config.vocab_size} rows: name the one it was trained with as data.tokenizer"
         )
     if config is not None and config.model_type != "tokenformer" and length > config.max_position_embeddings:
         raise RecipeError(
@@ -121,7 +122,7 @@ def frozen_parts(stage: Stage, config: Any) -> list[str]:
 def first_config(recipe: Recipe, data: TextData) -> TokenformerConfig:
     """Return the first stage's configuration: the recipe's sizes, the tokenizer's vocabulary."""
     return recipe.model.config(
-        vocab_size=len(data.tokenizer),
+        vocab_size=vocabulary_size(data.tokenizer),
         max_position_embeddings=recipe.training.sequence_length,
         eos_token_id=data.tokenizer.eos_token_id,
         bos_token_id=data.tokenizer.eos_token_id,

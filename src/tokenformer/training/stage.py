@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from .. import cost
+from ..batches import batches
 from ..checkpoints.checkpoint import save_checkpoint
 from ..checkpoints.files import disk_errors
 from ..checkpoints.lineage import Lineage
@@ -118,7 +119,7 @@ class StageRun(TrainerCallback):
         """Grow, say what it did to the logits and the loss, and rename the optimizer's states along."""
         model = self.model.eval()
         before = None if quiet else self._evaluate(model).loss
-        sample = torch.tensor(self.data.validation_blocks[:4]["input_ids"], device=model.device)
+        sample = next(batches(self.data.validation_blocks, 4)).to(model.device)
         with torch.no_grad():
             logits = model(sample, use_cache=False).logits
             states = grow_with_states(model, states, **self.stage.growth)
