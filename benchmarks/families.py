@@ -18,7 +18,8 @@ from layer import RESULTS, machine
 from rich.console import Console
 
 from tokenformer import cost
-from tokenformer.checkpoints.checkpoint import read_config, verify_checkpoint
+from tokenformer.checkpoints.checkpoint import read_config
+from tokenformer.checkpoints.verify import verify_checkpoint
 from tokenformer.cli.displays import TrainingDisplay
 from tokenformer.quiet import quiet_libraries
 from tokenformer.training.recipe import load_recipe, parse_recipe

@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 
 from tokenformer import grow
 from tokenformer.checkpoints.addons import attach, attach_operation, split, split_state
-from tokenformer.checkpoints.checkpoint import save_checkpoint, weight_files, weights_digest
+from tokenformer.checkpoints.checkpoint import save_checkpoint
 from tokenformer.checkpoints.lineage import Lineage
 from tokenformer.checkpoints.rewrite import merge_checkpoints, open_checkpoint, rewrite
+from tokenformer.checkpoints.verify import weight_files, weights_digest
 from tokenformer.cli import app as cli
 from tokenformer.errors import CheckpointError, GrowthError
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny
 from transformers.utils.logging import disable_progress_bar
 
-from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint, weights_digest
+from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from tokenformer.checkpoints.lineage import Lineage
+from tokenformer.checkpoints.verify import verify_checkpoint, weights_digest
 from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.errors import CheckpointError, TokenizerError
 
@@ -72,7 +73,7 @@ def test_dtype_as_stored_or_as_asked(tmp_path):
 
 def test_a_checkpoint_without_lineage_gets_its_digest(saved):
     (saved / "lineage.json").unlink()
-    assert verify_checkpoint(saved) == Lineage(weights_sha256=weights_digest(saved))
+    assert verify_checkpoint(saved) == Lineage(weights_sha256=weights_digest(saved), dtype="float32")
 
 
 def test_lineage_carries_costs_and_parent_on(tmp_path):
@@ -97,8 +98,29 @@ def flip(file):
     file.write_bytes(data)
 
 
+def undigested(damage):
+    """Damage what a lineage of older versions did not name."""
+
+    def act(file):
+        damage(file)
+        lineage = json.loads((file.parent / "lineage.json").read_text(encoding="utf-8"))
+        lineage.pop("files_sha256")
+        (file.parent / "lineage.json").write_text(json.dumps(lineage), encoding="utf-8")
+
+    return act
+
+
 def rewrite(**values):
-    return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    change = lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | values))  # noqa: E731
+    return lambda file: (undigested(change) if file.name == "config.json" else change)(file)
+
+
+def index_alone(content):
+    def act(file):
+        file.write_bytes(content)
+        file.with_name("model.safetensors").unlink()
+
+    return act
 
 
 def text(content):
@@ -120,8 +142,8 @@ def rename_a_tensor(file):
         ("model.safetensors", flip, r"is damaged: its weights have sha256 \w{12}…, its lineage says \w{12}…; copy"),
         ("model.safetensors", lambda f: f.unlink(), "is incomplete: model.safetensors missing"),
         ("model.safetensors", rename_a_tensor, r"does not fit its own config.json: .*'missing_keys': \['model"),
-        ("model.safetensors.index.json", text(b"{"), "is damaged: model.safetensors.index.json: "),
-        ("model.safetensors.index.json", text(b"{}"), "is damaged: model.safetensors.index.json: "),
+        ("model.safetensors.index.json", index_alone(b"{"), "is damaged: model.safetensors.index.json: "),
+        ("model.safetensors.index.json", index_alone(b"{}"), "is damaged: model.safetensors.index.json: "),
         ("config.json", lambda f: f.unlink(), "looked for config.json in it, found an empty or different folder"),
         ("config.json", cut, "is damaged: config.json: "),
         ("config.json", text(b"[]"), "is damaged: config.json: "),
@@ -138,7 +160,7 @@ def rename_a_tensor(file):
         ("lineage.json", rewrite(history=[{"operation": 3}]), "is damaged: lineage.json: "),
         ("lineage.json", text(b"\xff"), "is damaged: lineage.json: "),
         ("lineage.json", rewrite(weights_sha256="0" * 64), "its lineage says 000000000000…; copy it again, or delete"),
-        ("tokenizer.json", cut, "is damaged: its tokenizer cannot be read: "),
+        ("tokenizer.json", undigested(cut), "is damaged: its tokenizer cannot be read: "),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import pickle
 import re
 import shutil
 import signal
@@ -18,10 +19,11 @@ from tiny_models import make, tiny, two_groups
 
 from tokenformer import grow
 from tokenformer.checkpoints.addons import split_state
-from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint, weight_files, weights_digest
+from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from tokenformer.checkpoints.lineage import Lineage
 from tokenformer.checkpoints.optimizer import load_states
 from tokenformer.checkpoints.rewrite import merge_checkpoints, open_checkpoint, rewrite
+from tokenformer.checkpoints.verify import weight_files, weights_digest
 from tokenformer.errors import CheckpointError, GrowthError
 from tokenformer.growth.architectures import group_names
 from tokenformer.growth.freeze import freeze_only, trainable_parts
@@ -253,13 +255,19 @@ def test_bad_weights_are_named_and_nothing_is_written(case, tmp_path):
 
 def test_a_damaged_optimizer_file_and_a_target_that_exists(tmp_path):
     save_checkpoint(tmp_path / "c", two_groups("ffn"), None, Lineage())
-    source = open_checkpoint(tmp_path / "c")
-    (tmp_path / "c" / "optimizer.pt").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"is damaged: optimizer.pt: "):
-        rewrite(source, tmp_path / "out", drop_operation(source.config, ["more"]))
+    source, whole = open_checkpoint(tmp_path / "c"), tmp_path / "whole.pt"
+    torch.save({"a": {"step": torch.ones(999)}}, whole)
+    contents = [b"", b"x", b"PK", whole.read_bytes()[:-50], whole.read_bytes()[:500], pickle.dumps([1]), b"\x80\x02."]
+    for content in [*contents, pickle.dumps({"a": {"step": 3}}), pickle.dumps({"a": 3})]:
+        (tmp_path / "c" / "optimizer.pt").write_bytes(content)
+        size = len(content)
+        with pytest.raises(
+            CheckpointError, match=rf"is damaged: optimizer.pt \({size} bytes\) cannot be read \(\w+\); delete it"
+        ):
+            rewrite(source, tmp_path / "out", drop_operation(source.config, ["more"]))
     with pytest.raises(CheckpointError, match="c exists already; choose another name, or --force"):
         rewrite(source, tmp_path / "c", drop_operation(source.config, ["more"]))
-    assert leftovers(tmp_path) == ["c"]
+    assert leftovers(tmp_path) == ["c", "whole.pt"]
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):

@@ -13,9 +13,10 @@ import pytest
 import torch
 import yaml
 
-from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from tokenformer.checkpoints.lineage import Lineage
 from tokenformer.checkpoints.optimizer import load_states
+from tokenformer.checkpoints.verify import verify_checkpoint
 from tokenformer.cli import app as cli
 from tokenformer.training.recipe import EXAMPLE, parse_recipe
 

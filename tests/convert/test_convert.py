@@ -18,8 +18,9 @@ from tiny_models import tiny, tokens
 from typer.testing import CliRunner
 
 from tokenformer import TokenformerConfig, TokenformerForCausalLM, grow
-from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint, weights_digest
+from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from tokenformer.checkpoints.lineage import Lineage
+from tokenformer.checkpoints.verify import weights_digest
 from tokenformer.cli import app as cli
 from tokenformer.convert.files import convert_official, convert_to_official
 from tokenformer.convert.official import config_from_official, express, official_tensors

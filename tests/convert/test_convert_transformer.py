@@ -13,8 +13,9 @@ from tiny_models import tokens
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tokenformer import TokenformerForCausalLM, grow
-from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint, weights_digest
+from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from tokenformer.checkpoints.lineage import Lineage
+from tokenformer.checkpoints.verify import weights_digest
 from tokenformer.convert.transformer import (
     config_from_gpt_neox,
     convert_tensors,

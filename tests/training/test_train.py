@@ -11,8 +11,9 @@ import torch
 from group_operations import run_and_kill
 from safetensors.torch import load_file
 
-from tokenformer.checkpoints.checkpoint import load_checkpoint, read_config, verify_checkpoint
+from tokenformer.checkpoints.checkpoint import load_checkpoint, read_config
 from tokenformer.checkpoints.optimizer import OPTIMIZER_FILE
+from tokenformer.checkpoints.verify import verify_checkpoint
 from tokenformer.cost import training_flops
 from tokenformer.errors import CheckpointError, DataError, GrowthError, RecipeError, TokenizerError
 from tokenformer.training.log import read_log

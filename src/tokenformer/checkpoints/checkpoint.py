@@ -10,16 +10,22 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.serialization import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..errors import CheckpointError, TokenizerError
@@ -28,11 +34,20 @@ from ..growth.freeze import freeze
 from ..growth.neurons import group_neurons
 from ..growth.select import shrink
 from .card import model_card
-from .files import add_file, files_digest, recover, replacing_folder, sync
+from .files import add_file, replacing_folder, sync
 from .lineage import Lineage
+from .verify import (
+    CARD_FILE,
+    CONFIG_FILE,
+    INDEX_FILE,
+    LINEAGE_FILE,
+    config_fields,
+    other_digests,
+    stored_dtype,
+    verify_checkpoint,
+    weights_digest,
+)
 
-LINEAGE_FILE = "lineage.json"
-CARD_FILE = "README.md"
 # Small enough that reading, changing and writing a model of any size fits in about a gigabyte.
 _SHARD_BYTES = 200_000_000
 
@@ -43,15 +58,15 @@ OnProgress = Callable[[int, int], None]
 def save_checkpoint(
     path: str | Path,
     model: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    lineage: Lineage | Callable[[], Lineage],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    lineage: Lineage | Callable[[], Lineage] | None = None,
     *,
     force: bool = False,
     extra: Callable[[Path], None] | None = None,
     weights: Weights | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Lineage:
-    """Write a checkpoint to `path` through a temporary sibling, and return its lineage with the weights' digest.
+    """Write a checkpoint to `path` through a temporary sibling, and return its lineage with the digests of its files.
 
     Args:
         path: the new folder.
@@ -61,7 +76,7 @@ def save_checkpoint(
         force: replace what stands at `path`.
         extra: may write further files into the folder before it gets its name.
         weights: gives the tensors of these names, for models that need not fit in memory: called for one shard after
-            the other, each written before the next is asked for.
+            the other, each written before the next is asked for. Each is stored in the type it is given in.
         on_progress: called with bytes written so far and in all, where `weights` is given.
 
     Raises:
@@ -73,13 +88,21 @@ def save_checkpoint(
             digest = weights_digest(folder)
         else:
             digest = _save_streamed(folder, model, weights, on_progress)
+        _add_older_rope_fields(folder / CONFIG_FILE)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if extra is not None:
             extra(folder)
-        known = lineage() if callable(lineage) else lineage
-        written = known.model_copy(update={"weights_sha256": digest})
-        (folder / LINEAGE_FILE).write_text(written.model_dump_json(indent=2, exclude_none=True) + "\n")
+        known = (lineage() if callable(lineage) else lineage) or Lineage()
+        written = known.model_copy(
+            update={
+                "weights_sha256": digest,
+                "files_sha256": other_digests(folder),
+                "dtype": stored_dtype(folder),
+            }
+        )
+        text = written.model_dump_json(indent=2, exclude_none=True) + "\n"
+        (folder / LINEAGE_FILE).write_text(text, encoding="utf-8")
         (folder / CARD_FILE).write_text(model_card(model.config, written), encoding="utf-8")
     return written
 
@@ -87,16 +110,11 @@ def save_checkpoint(
 def _save_streamed(folder: Path, model: Any, weights: Weights, on_progress: OnProgress) -> str:
     """Do what `save_pretrained` does for a model whose weights come shard by shard; returns their digest."""
     config = model.config
-    config.architectures, config.dtype = [type(model).__name__], model.dtype
-    if model._auto_class is not None:
-        custom_object_save(model, folder, config)
-    config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
     shapes = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     stored = architecture_of(config).stored
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=_SHARD_BYTES)
-    total, done, digest = int(split.metadata["total_size"]), 0, hashlib.sha256()
+    total, done, written, digest = int(split.metadata["total_size"]), 0, 0, hashlib.sha256()
+    dtypes: set[torch.dtype] = set()
 
     def flush(file: Path) -> None:
         add_file(digest, file)
@@ -108,6 +126,8 @@ def _save_streamed(folder: Path, model: Any, weights: Weights, on_progress: OnPr
             on_progress(done, total)
             tensors = {stored.get(name, name): tensor for name, tensor in weights(names).items()}
             save_file(tensors, folder / file, metadata={"format": "pt"})
+            dtypes |= {tensor.dtype for tensor in tensors.values()}
+            written += sum(tensor.nbytes for tensor in tensors.values())
             del tensors  # before the next ones are made
             flushed.append(flushing.submit(flush, folder / file))
             done += sum(shapes[name].nbytes for name in names)
@@ -116,9 +136,34 @@ def _save_streamed(folder: Path, model: Any, weights: Weights, on_progress: OnPr
     on_progress(total, total)
     if split.is_sharded:
         files = {stored.get(name, name): file for name, file in split.tensor_to_filename.items()}
-        index = {"metadata": split.metadata, "weight_map": files}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        index = {"metadata": {"total_size": written}, "weight_map": files}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype if model.dtype in dtypes else reduce(torch.promote_types, dtypes)
+    if model._auto_class is not None:
+        custom_object_save(model, folder, config)
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
     return digest.hexdigest()
+
+
+def _add_older_rope_fields(file: Path) -> None:
+    """Say the rotary embedding's base where transformers 4 looks for it too, which knows no `rope_parameters`."""
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    rope = fields.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
+    if "rope_theta" not in rope or fields["model_type"] == "tokenformer":  # which no transformers 4 can run
+        return
+    neox = fields["model_type"] == "gpt_neox"
+    older = {"rotary_emb_base" if neox else "rope_theta": rope["rope_theta"]}
+    if "partial_rotary_factor" in rope:
+        older["rotary_pct" if neox else "partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if "sliding_attention" in fields["rope_parameters"]:
+        older["rope_local_base_freq"] = fields["rope_parameters"]["sliding_attention"]["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    file.write_text(json.dumps(dict(sorted((fields | older).items())), indent=2) + "\n", encoding="utf-8")
 
 
 def load_checkpoint(
@@ -134,37 +179,59 @@ def load_checkpoint(
         CheckpointError: missing, damaged, truncated, of an unknown kind, or tensors that do not fit its configuration.
         TokenizerError: the tokenizer has entries the model has no embedding for.
     """
+    config = read_config(path)
     lineage = verify_checkpoint(path)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
     except RuntimeError as error:  # tensors of other shapes
         raise CheckpointError(f"checkpoint {path} does not fit its own config.json: {error}") from error
+    report["unexpected_keys"] = [name for name in report["unexpected_keys"] if not is_old_buffer(name)]
     problems = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if problems:
         raise CheckpointError(f"checkpoint {path} does not fit its own config.json: {problems}")
+    if not model.all_tied_weights_keys:  # transformers leaves a head that differs untied, but says so nowhere
+        model.config.tie_word_embeddings = False
     group_neurons(model)
     if keep != 1:
         shrink(model, keep)
     freeze(model, getattr(model.config, "frozen", None) or [])
-    return model.eval(), load_tokenizer(path, model.config), lineage
+    return model.eval(), load_tokenizer(path, config), lineage
+
+
+def is_old_buffer(name: str) -> bool:
+    """Whether a tensor is a buffer that older versions of transformers saved, and newer ones make themselves."""
+    return name.endswith(("rotary_emb.inv_freq", ".attn.masked_bias"))
 
 
 def load_tokenizer(path: str | Path, config: Any) -> PreTrainedTokenizerBase | None:
     """Read the tokenizer kept with a checkpoint, or return None where there is none.
 
+    A bare tokenizer.json does not say which entry ends a text; the configuration does.
+
     Raises:
         CheckpointError: it is damaged.
-        TokenizerError: it has entries the model has no embedding for.
+        TokenizerError: it has entries the model has no embedding for, or none that ends a text.
     """
-    if not (Path(path) / "tokenizer_config.json").exists():
+    whole, bare = Path(path) / "tokenizer_config.json", Path(path) / "tokenizer.json"
+    if not whole.exists() and not bare.exists():
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path) if whole.exists() else _bare_tokenizer(bare, config)
     except Exception as error:  # tokenizers raises nothing more specific
         raise CheckpointError(f"checkpoint {path} is damaged: its tokenizer cannot be read: {error}") from error
     if tokenizer.eos_token_id is None:
         raise TokenizerError(f"the tokenizer in {path} has no end-of-text token, which separates documents; set one")
     check_tokenizer(tokenizer, config, where=f"in {path}")
+    return tokenizer
+
+
+def _bare_tokenizer(file: Path, config: Any) -> PreTrainedTokenizerBase:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    for name in ("bos_token", "eos_token", "pad_token"):
+        index = getattr(config, f"{name}_id", None)
+        index = index[0] if isinstance(index, list) else index
+        if index is not None and 0 <= index < len(tokenizer):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
     return tokenizer
 
 
@@ -179,15 +246,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, *, where: s
 
 def read_config(path: str | Path) -> Any:
     """Read a checkpoint's configuration alone; errors as in `load_checkpoint`."""
-    file = Path(path) / "config.json"
-    recover(Path(path))
-    if not file.is_file():
-        found = (
-            "an empty or different folder" if Path(path).is_dir() else "a file" if Path(path).exists() else "nothing"
-        )
-        raise CheckpointError(f"no checkpoint at {path}: looked for {file.name} in it, found {found}")
+    content = config_fields(path)
     try:
-        content = json.loads(file.read_text())
         if content.get("model_type") not in ARCHITECTURES:
             raise CheckpointError(
                 f"checkpoint {path} is a {content.get('model_type')!r} model, which is not in the table of "
@@ -197,70 +257,4 @@ def read_config(path: str | Path) -> Any:
             raise CheckpointError(f"checkpoint {path} is quantised; give the one that it was made from")
         return AutoConfig.from_pretrained(path)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {file.name}: {error}") from error
-
-
-def verify_checkpoint(path: str | Path) -> Lineage:
-    """Check that every file of a checkpoint is whole, without loading it, and return its lineage.
-
-    Raises:
-        CheckpointError: missing, damaged or truncated files, or weights that are not those the lineage names.
-    """
-    read_config(path)
-    tensor_files(path)
-    try:
-        lineage = Lineage.model_validate_json((Path(path) / LINEAGE_FILE).read_text())
-    except FileNotFoundError:
-        return Lineage(weights_sha256=weights_digest(path))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {LINEAGE_FILE}: {error}") from error
-    found = weights_digest(path)
-    if found != lineage.weights_sha256:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged: its weights have sha256 {found[:12]}…, its lineage says "
-            f"{str(lineage.weights_sha256)[:12]}…; copy it again, or delete {LINEAGE_FILE} if you changed them yourself"
-        )
-    return lineage
-
-
-def tensor_files(path: str | Path) -> dict[str, Path]:
-    """Return the names of all tensors of a checkpoint, and the file that each is in.
-
-    Raises:
-        CheckpointError: a file is missing, truncated or no safetensors file.
-    """
-    found: dict[str, Path] = {}
-    for file in weight_files(Path(path)):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                found |= dict.fromkeys(tensors.keys(), file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"checkpoint {path} is damaged: {file.name} ({file.stat().st_size} bytes) cannot be read: {error}; "
-                "copy it again, or go back to the checkpoint it came from"
-            ) from error
-    return found
-
-
-def weights_digest(path: str | Path) -> str:
-    """Return the sha256 over the weight files of a checkpoint, in the order of their names."""
-    return files_digest(weight_files(Path(path)))
-
-
-def weight_files(path: Path) -> list[Path]:
-    """List the weight files of a checkpoint by name; CheckpointError if one that its index names is missing."""
-    files = sorted(path.glob("*.safetensors"))
-    index = path / "model.safetensors.index.json"
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {index.name}: {type(error).__name__} {error}") from error
-    missing = names - {file.name for file in files}
-    if missing and any(path.glob("pytorch_model*.bin")):
-        raise CheckpointError(
-            f"checkpoint {path} keeps its weights in pickles (.bin), which can run code; load and save it in "
-            "transformers, if you trust it, and give the folder with its .safetensors"
-        )
-    if missing:
-        raise CheckpointError(f"checkpoint {path} is incomplete: {', '.join(sorted(missing))} missing")
-    return files
+        raise CheckpointError(f"checkpoint {path} is damaged: {CONFIG_FILE}: {error}") from error

@@ -8,8 +8,8 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from ..errors import HubError, first_line
 from .card import model_card
-from .checkpoint import CARD_FILE, read_config, verify_checkpoint
-from .optimizer import OPTIMIZER_FILE
+from .checkpoint import read_config
+from .verify import CARD_FILE, OPTIMIZER_FILE, verify_checkpoint, weight_files
 
 
 def push_to_hub(
@@ -35,7 +35,13 @@ def push_to_hub(
     """
     lineage = verify_checkpoint(checkpoint)
     card = model_card(read_config(checkpoint), lineage, license=license)
-    files = [f for f in sorted(Path(checkpoint).iterdir()) if f.is_file() and f.name not in (OPTIMIZER_FILE, CARD_FILE)]
+    weights = weight_files(checkpoint)
+    files = [
+        file
+        for file in sorted(Path(checkpoint).iterdir())
+        if file.is_file() and file.name not in (OPTIMIZER_FILE, CARD_FILE)
+        if file.suffix != ".safetensors" or file in weights
+    ]
     operations = [CommitOperationAdd(f.name, f) for f in files] + [CommitOperationAdd(CARD_FILE, card.encode())]
     api = HfApi(token=token)
     try:

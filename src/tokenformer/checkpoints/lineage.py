@@ -17,11 +17,14 @@ class Event(pydantic.BaseModel):
     """
 
     operation: str
-    """"train", "grow" or "convert"."""
+    """"train", "convert", or what was done to token groups: "grow", "freeze", "unfreeze", "drop", "consolidate",
+    "merge", "attach", "prune", "sort", "shrink" or "route"."""
     arguments: dict[str, Any] = {}
     """What it was asked to do."""
     parent: str | None = None
     """sha256 of the weights it started from; null for random ones, and for grown ones that were never written."""
+    parent_dtype: str | None = None
+    """Type of those weights, such as "bfloat16": training computes and writes float32, and `drop` gives it back."""
     recipe: dict[str, Any] | None = None
     """The whole training recipe."""
     data: dict[str, Any] | None = None
@@ -50,9 +53,14 @@ class Event(pydantic.BaseModel):
 
 
 class Lineage(pydantic.BaseModel):
-    """Where a checkpoint came from: its history, oldest event first, and the digest of the weights it led to."""
+    """Where a checkpoint came from: its history, oldest event first, and digests of the files it led to."""
 
     weights_sha256: str | None = None
+    """Over the weight files, in the order of their names."""
+    files_sha256: dict[str, str] | None = None
+    """Of each file beside them on which the checkpoint depends: configuration, tokenizer, optimizer."""
+    dtype: str | None = None
+    """Type of the weights, such as "bfloat16"; the widest where they differ."""
     history: list[Event] = []
 
     @property
@@ -69,5 +77,6 @@ class Lineage(pydantic.BaseModel):
         """Return this lineage with one more event, which carries the costs on where it does not state them."""
         fields = ("text_tokens_seen", "training_flops", "training_seconds")
         costs = {field: getattr(self.last, field) for field in fields}
-        new = Event(**{"operation": operation, "parent": self.weights_sha256, **costs, **event})
+        before = {"parent": self.weights_sha256, "parent_dtype": self.dtype}
+        new = Event(**{"operation": operation, **before, **costs, **event})
         return Lineage(history=[*self.history, new])

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
 
 from ..errors import CheckpointError
-
-OPTIMIZER_FILE = "optimizer.pt"
-
+from .verify import OPTIMIZER_FILE as OPTIMIZER_FILE
 
 OptimizerState = dict[str, dict[str, torch.Tensor]]
 
@@ -25,9 +22,12 @@ def load_states(checkpoint: str | Path) -> OptimizerState:
     if not file.exists():
         return {}
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+        states = torch.load(file, map_location="cpu", weights_only=True)
+        if not all(isinstance(tensor, torch.Tensor) for state in states.values() for tensor in state.values()):
+            raise TypeError("it holds more than tensors by the names of parameters")
+    except Exception as error:  # a damaged pickle can fail in as many ways as there are; all mean that it is damaged
         raise CheckpointError(
-            f"checkpoint {checkpoint} is damaged: {OPTIMIZER_FILE}: {reason}; delete it to start the optimizer afresh"
+            f"checkpoint {checkpoint} is damaged: {OPTIMIZER_FILE} ({file.stat().st_size} bytes) cannot be read "
+            f"({type(error).__name__}); delete it to start the optimizer afresh"
         ) from error
+    return dict(states)

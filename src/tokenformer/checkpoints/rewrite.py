@@ -7,7 +7,7 @@ optimizer's state, where there is one, moves along.
 from __future__ import annotations
 
 import re
-import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,10 +24,13 @@ from ..growth.architectures import Groups, TokenMap, architecture_of, group_name
 from ..growth.groups import check_siblings, merge_operation
 from ..growth.operations import Operation
 from ..growth.state import States, check_finite, move_states, read_map, rewritten
-from .checkpoint import OnProgress, load_tokenizer, read_config, save_checkpoint, tensor_files, verify_checkpoint
+from .checkpoint import OnProgress, is_old_buffer, read_config, save_checkpoint
 from .files import check_target
 from .lineage import Lineage
 from .optimizer import OPTIMIZER_FILE, load_states
+from .verify import DTYPES, carry_files, read_headers, read_lineage, verify_checkpoint
+
+_GENERATION = "generation_config.json"
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -57,29 +60,28 @@ class StoredTensors(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Stored:
-    """A verified checkpoint on disk.
+    """A checkpoint on disk, verified by a thread.
 
     Attributes:
         path: its folder.
-        config: its configuration.
+        config: its configuration; says that embedding and head are tied only where they are.
         tensors: its weights by name.
+        dtype: of the weights: what the configuration says, or what most have where none has that.
+        empty: a model of its configuration without weights, on the meta device.
         verification: gives its history, or raises CheckpointError, once all its files have been read.
     """
 
     path: Path
     config: Any
     tensors: StoredTensors
+    dtype: torch.dtype
+    empty: Any
     verification: Future[Lineage]
 
     @property
     def lineage(self) -> Lineage:
         """Its history, once it is verified."""
         return self.verification.result()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of its weights, told by the first."""
-        return next(self.tensors[name].dtype for name in self.tensors if name.endswith(".weight"))
 
     def read(self, block: int, token_map: TokenMap) -> Groups:
         """Return the token groups of a map."""
@@ -92,7 +94,8 @@ def open_checkpoint(path: str | Path) -> Stored:
     What only reading all of it can show is raised when `lineage` is asked for, and before `rewrite` leaves anything.
     """
     config = read_config(path)
-    files = {name: (file, name) for name, file in tensor_files(path).items()}
+    headers = read_headers(path)
+    files = {name: (header.file, name) for name, header in headers.items()}
     verifying = ThreadPoolExecutor(max_workers=1)
     verification = verifying.submit(verify_checkpoint, path)
     verifying.shutdown(wait=False)
@@ -100,8 +103,36 @@ def open_checkpoint(path: str | Path) -> Stored:
     files = {next((ours for ours, theirs in row.stored.items() if theirs == n), n): where for n, where in files.items()}
     prefix = f"{row.prefix}."
     if not any(name.startswith(prefix) for name in files):  # saved without its head
-        files = {f"{prefix}{name}": where for name, where in files.items()}
-    return Stored(Path(path), config, StoredTensors(files), verification)
+        files = {name if name == "lm_head.weight" else f"{prefix}{name}": where for name, where in files.items()}
+    empty = _without_weights(config)
+    ignored = [re.compile(pattern) for pattern in empty._keys_to_ignore_on_load_unexpected or []]
+    needed = set(empty.state_dict())
+    files = {
+        name: where
+        for name, where in files.items()
+        if name in needed or not (is_old_buffer(name) or any(pattern.search(name) for pattern in ignored))
+    }
+    for tied, origin in empty.all_tied_weights_keys.items():
+        if tied in files and origin not in files:
+            files[origin] = files.pop(tied)
+        elif tied in files and _equal(*(StoredTensors(files)[name] for name in (tied, origin))):
+            del files[tied]
+        elif tied in files:
+            config.tie_word_embeddings = False  # as transformers loads it
+            empty = _without_weights(config)
+    dtypes = Counter(DTYPES[header.dtype] for header in headers.values() if header.dtype in DTYPES)
+    named = str(config.dtype).removeprefix("torch.")
+    dtype = named if named in dtypes else dtypes.most_common(1)[0][0] if dtypes else "float32"
+    return Stored(Path(path), config, StoredTensors(files), getattr(torch, dtype), empty, verification)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _without_weights(config: Any, dtype: torch.dtype | None = None) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def rewrite(
@@ -134,14 +165,15 @@ def rewrite(
     """
     check_target(Path(output), force=force)
     check_names(source)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(operation.config, dtype=source.dtype)
+    model = _without_weights(operation.config, source.dtype)
+    earlier = _earlier_dtypes(source.path) if operation.name == "drop" else []
     states = move_states(source.config, load_states(source.path), operation) | (more_states or {})
 
     give = rewritten(source.config, source.tensors, operation)
 
     def weights(names: Sequence[str]) -> dict[str, Tensor]:
-        return check_finite(give(names), f"checkpoint {source.path}")
+        tensors = check_finite(give(names), f"checkpoint {source.path}")
+        return {name: _as_before_training(tensor, earlier) for name, tensor in tensors.items()}
 
     def lineage() -> Lineage:
         last = source.lineage.last
@@ -149,16 +181,16 @@ def rewrite(
         return source.lineage.then(operation.name, arguments=operation.arguments, **losses, **event)
 
     def keep(folder: Path) -> None:
-        generation = source.path / "generation_config.json"
-        if generation.exists():  # what the user has set there, where the new model has only defaults
-            shutil.copyfile(generation, folder / generation.name)
+        if (source.path / _GENERATION).exists():  # what the user has set there, where the new model has only defaults
+            (folder / _GENERATION).unlink(missing_ok=True)
+        carry_files(source.path, folder)
         if states:
             torch.save(states, folder / OPTIMIZER_FILE)
 
     return save_checkpoint(
         output,
         model,
-        load_tokenizer(source.path, source.config),
+        None,  # its files are carried as they are
         lineage,
         force=force,
         extra=keep,
@@ -206,16 +238,28 @@ def merge_checkpoints(
     return rewrite(source, output, replace(operation, arguments=arguments), more_states=states, **options)
 
 
+def _earlier_dtypes(path: Path) -> list[torch.dtype]:
+    """Return the types that a checkpoint's weights had before it was trained, narrowest first."""
+    names = {event.parent_dtype for event in read_lineage(path).history if event.parent_dtype}
+    return sorted((getattr(torch, name) for name in names), key=lambda dtype: dtype.itemsize)
+
+
+def _as_before_training(tensor: Tensor, earlier: Sequence[torch.dtype]) -> Tensor:
+    """Return a tensor in an earlier, narrower type if that holds all its values, as one does that never moved.
+
+    Training computes and writes float32; what was frozen meanwhile becomes the tensor that it was.
+    """
+    narrow = [tensor.to(dtype) for dtype in earlier if dtype.itemsize < tensor.dtype.itemsize]
+    return next((before for before in narrow if torch.equal(before.to(tensor.dtype), tensor)), tensor)
+
+
 def check_names(source: Stored) -> None:
     """Raise CheckpointError where files do not hold just what the configuration describes, as loading them would."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(source.config)
+    model = source.empty
     state, found = model.state_dict(), set(source.tensors)
-    # What older versions of transformers saved beside the weights.
-    known = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
     tied = set(model.all_tied_weights_keys)
     missing = sorted(set(state) - tied - found)
-    unknown = sorted(name for name in found - set(state) if not any(re.search(pattern, name) for pattern in known))
+    unknown = sorted(found - set(state))
     shared = {name: _kind(source.tensors[name]) for name in sorted(found & set(state))}
     misshapen = [
         f"{name} is {list(shape)}, not {list(state[name].shape)}"

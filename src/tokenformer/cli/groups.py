@@ -277,7 +277,8 @@ def inspect(
 ) -> None:
     """Show a checkpoint's token groups, sizes, memory and lineage, and what a text or a prompt uses of them."""
     from .. import cost
-    from ..checkpoints.checkpoint import read_config, verify_checkpoint
+    from ..checkpoints.checkpoint import read_config
+    from ..checkpoints.verify import verify_checkpoint
     from ..errors import EvaluationError
     from ..growth.architectures import architecture_of, token_groups
     from ..quiet import quiet_libraries

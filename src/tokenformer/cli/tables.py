@@ -10,8 +10,9 @@ from rich import box
 from rich.table import Table
 
 from .. import cost
-from ..checkpoints.checkpoint import read_config, verify_checkpoint
+from ..checkpoints.checkpoint import read_config
 from ..checkpoints.lineage import Lineage
+from ..checkpoints.verify import read_lineage
 
 
 def stage_table(rows: Iterable[tuple[str, Path]], title: str | None = None) -> Table:
@@ -25,7 +26,7 @@ def stage_table(rows: Iterable[tuple[str, Path]], title: str | None = None) -> T
     for name in ("params", "token groups", "text", "FLOPs", "time", "loss", "bits/byte"):
         table.add_column(name, justify="right")
     for label, folder in rows:
-        table.add_row(label, *_cells(read_config(folder), verify_checkpoint(folder)))
+        table.add_row(label, *_cells(read_config(folder), read_lineage(folder)))
     return table
 
 

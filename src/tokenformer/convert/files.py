@@ -20,11 +20,10 @@ from ..checkpoints.checkpoint import (
     check_tokenizer,
     read_config,
     save_checkpoint,
-    verify_checkpoint,
-    weight_files,
 )
 from ..checkpoints.files import check_file, check_target, files_digest, replacing_file
 from ..checkpoints.lineage import Lineage
+from ..checkpoints.verify import verify_checkpoint, weight_files
 from ..data.tokenizer import open_tokenizer
 from ..errors import ConversionError, first_line
 from ..models.modeling_tokenformer import TokenformerForCausalLM

@@ -1,0 +1,197 @@
+"""What the files of a checkpoint hold, and whether they are whole: told from headers and digests, without torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError
+from .files import files_digest, recover
+from .lineage import Lineage
+
+CONFIG_FILE = "config.json"
+LINEAGE_FILE = "lineage.json"
+CARD_FILE = "README.md"
+OPTIMIZER_FILE = "optimizer.pt"
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+# How names of the files that tokenizers are kept in begin.
+_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "spiece", "chat_template")
+# What other tools keep weights in, beside ours.
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz"}
+_MOST_CARRIED = 200_000_000  # bytes: tokenizers reach tens of megabytes
+# The names that safetensors gives to types which weights can have here, narrowest first, and torch's.
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a weight file says of one tensor.
+
+    Attributes:
+        file: that holds it.
+        shape: its shape.
+        dtype: its type in safetensors' words, such as "BF16".
+    """
+
+    file: Path
+    shape: list[int]
+    dtype: str
+
+
+def config_fields(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint's config.json as it is.
+
+    Raises:
+        CheckpointError: there is no checkpoint at `path`, or its configuration cannot be read.
+    """
+    folder, file = Path(path), Path(path) / CONFIG_FILE
+    recover(folder)
+    if not file.is_file():
+        found = "an empty or different folder" if folder.is_dir() else "a file" if folder.exists() else "nothing"
+        raise CheckpointError(f"no checkpoint at {path}: looked for {file.name} in it, found {found}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}, not fields")
+    except (ValueError, TypeError, OSError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {file.name}: {error}") from error
+    return content
+
+
+def verify_checkpoint(path: str | Path) -> Lineage:
+    """Check the files of a checkpoint without loading it, and return its lineage.
+
+    Weights, configuration, tokenizer and optimizer must be those that the lineage names, where it names them; weights
+    that no lineage names must be whole safetensors files. The card, a licence and generation settings may change.
+
+    Raises:
+        CheckpointError: missing, damaged, truncated or changed files.
+    """
+    config_fields(path)
+    read_headers(path)
+    found = weights_digest(path)
+    lineage = read_lineage(path)
+    if lineage.weights_sha256 is None:
+        return lineage.model_copy(update={"weights_sha256": found})
+    if found != lineage.weights_sha256:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: its weights have sha256 {found[:12]}…, its lineage says "
+            f"{lineage.weights_sha256[:12]}…; copy it again, or delete {LINEAGE_FILE} if you changed them yourself"
+        )
+    for name, wanted in (lineage.files_sha256 or {}).items():
+        file = Path(path) / name
+        if not file.exists() and name == OPTIMIZER_FILE:  # stays behind when a checkpoint is published
+            continue
+        if not file.exists():
+            raise CheckpointError(f"checkpoint {path} is incomplete: {name} missing, which {LINEAGE_FILE} names")
+        if (digest := files_digest([file])) != wanted:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: {name} has sha256 {digest[:12]}…, its lineage says {wanted[:12]}…; "
+                f"copy it again, or take its line out of files_sha256 in {LINEAGE_FILE} if you changed it yourself"
+            )
+    return lineage
+
+
+def read_lineage(path: str | Path) -> Lineage:
+    """Read a checkpoint's history without verifying what it says; empty where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        lineage = Lineage.model_validate_json((Path(path) / LINEAGE_FILE).read_bytes())
+    except FileNotFoundError:
+        lineage = Lineage()
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {LINEAGE_FILE}: {error}") from error
+    return lineage.model_copy(update={"dtype": lineage.dtype or stored_dtype(path)})
+
+
+def read_headers(path: str | Path) -> dict[str, Header]:
+    """Return what the weight files of a checkpoint say of each tensor, by name.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or no safetensors file, or its weights are quantised.
+    """
+    found: dict[str, Header] = {}
+    for file in weight_files(path):
+        try:
+            with safe_open(file, framework="np") as tensors:
+                slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+                found |= {name: Header(file, s.get_shape(), s.get_dtype()) for name, s in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: {file.name} ({file.stat().st_size} bytes) cannot be read: {error}; "
+                "copy it again, or go back to the checkpoint it came from"
+            ) from error
+    quantised = {name: header.dtype for name, header in found.items() if header.dtype.startswith(("F8_", "F6_", "F4"))}
+    if quantised:
+        name, dtype = next(iter(quantised.items()))
+        raise CheckpointError(
+            f"checkpoint {path} is quantised: {len(quantised)} of its {len(found)} tensors, such as {name}, are "
+            f"{dtype}; give the one that it was made from"
+        )
+    return found
+
+
+def stored_dtype(path: str | Path) -> str | None:
+    """Return the widest type of a checkpoint's weights, such as "bfloat16"; None where none is of floating point."""
+    dtypes = {header.dtype for header in read_headers(path).values()}
+    return next((DTYPES[dtype] for dtype in reversed(DTYPES) if dtype in dtypes), None)
+
+
+def weights_digest(path: str | Path) -> str:
+    """Return the sha256 over the weight files of a checkpoint, in the order of their names."""
+    return files_digest(weight_files(path))
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """List the weight files of a checkpoint by name: what transformers loads, and nothing that lies beside it.
+
+    Raises:
+        CheckpointError: one is missing, or the index that names them is damaged.
+    """
+    folder = Path(path)
+    index = folder / INDEX_FILE
+    if (folder / WEIGHTS_FILE).exists() or not index.exists():
+        names = [WEIGHTS_FILE]
+    else:
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            what = f"{index.name}: {type(error).__name__} {error}"
+            raise CheckpointError(f"checkpoint {path} is damaged: {what}") from error
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing and any(folder.glob("pytorch_model*.bin")):
+        raise CheckpointError(
+            f"checkpoint {path} keeps its weights in pickles (.bin), which can run code; load and save it in "
+            "transformers, if you trust it, and give the folder with its .safetensors"
+        )
+    if missing:
+        raise CheckpointError(f"checkpoint {path} is incomplete: {', '.join(missing)} missing")
+    return [folder / name for name in names]
+
+
+def other_digests(folder: Path) -> dict[str, str]:
+    """Return the sha256 of the files beside the weights on which a checkpoint depends, by name."""
+    names = sorted(f.name for f in folder.iterdir() if f.name.startswith((CONFIG_FILE, OPTIMIZER_FILE, *_TOKENIZER)))
+    return {name: files_digest([folder / name]) for name in names}
+
+
+def carry_files(source: str | Path, folder: Path) -> None:
+    """Copy into `folder` what lies beside a checkpoint's weights and is not there: tokenizer, licence, settings.
+
+    Weights, code, history and card are not copied: they are written anew.
+    """
+    written = {CONFIG_FILE, LINEAGE_FILE, CARD_FILE, INDEX_FILE}
+    for file in sorted(Path(source).iterdir()):
+        beside = file.is_file() and file.name not in written and not file.name.startswith(".")
+        weights = file.suffix in _WEIGHTS or file.name.endswith(".index.json") or file.stat().st_size > _MOST_CARRIED
+        if beside and not weights and file.suffix != ".py" and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
