@@ -23,7 +23,8 @@ import yaml
 from rich.console import Console
 
 from tokenformer import cost
-from tokenformer.checkpoints.checkpoint import read_config, verify_checkpoint
+from tokenformer.checkpoints.checkpoint import read_config
+from tokenformer.checkpoints.verify import verify_checkpoint
 from tokenformer.cli.displays import TrainingDisplay, growth_line
 from tokenformer.cli.tables import stage_table
 from tokenformer.errors import TokenformerError
