@@ -15,7 +15,8 @@ import torch
 from group_operations import as_trained, leftovers, link, logits, make_family, ordinary, same_files, train  # noqa: F401
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import make, tiny, two_groups
+from tiny_models import SIZES, make, tiny, two_groups
+from transformers import Phi3Config
 
 from tokenformer import grow
 from tokenformer.checkpoints.addons import split_state
@@ -32,6 +33,13 @@ from tokenformer.growth.grow import grow_operation
 from tokenformer.growth.operations import apply
 
 
+def phi3():
+    sizes = {**SIZES, "intermediate_size": 56, "num_key_value_heads": 2, "pad_token_id": 0}
+    model = ordinary(Phi3Config(**sizes))
+    grow(model, ffn_param_tokens="+7", name="more")
+    return model
+
+
 def llama(dtype=torch.float32):
     model = ordinary()
     grow(model, ffn_param_tokens="+7", name="more")
@@ -45,6 +53,7 @@ MODELS = {
     "per_group": lambda: tiny(token_group_norm="per_group"),
     "biased": lambda: tiny(pattention_bias=True, norm_activation_type="gelu", use_parallel_residual=True),
     "llama": llama,
+    "phi3": phi3,
 }
 
 

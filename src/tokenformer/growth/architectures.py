@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -92,11 +92,26 @@ class Part:
         axis: along which the parameter tokens lie once it is turned: 0 for keys, 1 for values; None where it belongs to
             the whole group, as a gate does.
         transposed: the model holds it the other way round.
+        fused: name of the tensor that the model holds instead, where it has this one and others of the same shape one
+            after the other in one.
+        piece: which of them this is, and how many there are.
     """
 
     tensor: str
     axis: int | None
     transposed: bool = False
+    fused: str | None = None
+    piece: tuple[int, int] = (0, 1)
+
+    @property
+    def stored(self) -> str:
+        """Name in the block of the tensor that the ordinary model has."""
+        return self.fused or self.tensor
+
+    def read(self, stored: Tensor) -> Tensor:
+        """Return this part, turned, of the tensor that the ordinary model has."""
+        position, pieces = self.piece
+        return (stored.t() if self.transposed else stored).chunk(pieces)[position]
 
     @property
     def own(self) -> str:
@@ -113,11 +128,14 @@ class TokenMap:
         name: of the module in the block that applies the values.
         projection: whose count the configuration gives: "qkv", "output" or "ffn".
         parts: its tensors; those that a model does without (biases) are simply not there.
+        activation: name of the module in the block that reads a piece of a fused map's outputs. Copied to lie close
+            together, every number takes the same path through the processor, however many neurons there are.
     """
 
     name: str
     projection: str
     parts: tuple[Part, ...]
+    activation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -188,9 +206,31 @@ def _pattention(name: str, projection: str) -> TokenMap:
     return TokenMap(name, projection, parts)
 
 
-def _mlp(keys: tuple[str, ...], values: str, *, transposed: bool = False) -> tuple[TokenMap, ...]:
-    parts = [Part(f"{key}.weight", 0, transposed) for key in keys] + [Part(f"{key}.bias", 0) for key in keys]
-    return (TokenMap(values, "ffn", (*parts, Part(f"{values}.weight", 1, transposed))),)
+def mlp_maps(
+    keys: tuple[str, ...],
+    values: str,
+    *,
+    transposed: bool = False,
+    fused: str | None = None,
+    activation: str | None = None,
+) -> tuple[TokenMap, ...]:
+    """Return the maps of an MLP: names of its linear maps in the block.
+
+    Args:
+        keys: those whose rows are keys; two where it is gated.
+        values: the one whose columns are values.
+        transposed: they are transformers' Conv1D.
+        fused: the one map in which the model holds those of the keys, one after the other; theirs are then our names.
+        activation: with `fused`, the activation's module.
+    """
+    parts = [
+        Part(
+            f"{key}.{leaf}", 0, transposed and leaf == "weight", *((f"{fused}.{leaf}", (i, len(keys))) if fused else ())
+        )
+        for leaf in ("weight", "bias")
+        for i, key in enumerate(keys)
+    ]
+    return (TokenMap(values, "ffn", (*parts, Part(f"{values}.weight", 1, transposed)), activation),)
 
 
 _GATED = Architecture(
@@ -199,7 +239,7 @@ _GATED = Architecture(
     depth="num_hidden_layers",
     final_norm="norm",
     counts={"ffn": "intermediate_size"},
-    maps=_mlp(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+    maps=mlp_maps(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
     last=("self_attn.o_proj", "mlp.down_proj"),
 )
 ARCHITECTURES: dict[str, Architecture] = {
@@ -216,13 +256,26 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": _GATED,
     "qwen2": _GATED,
     "qwen3": _GATED,
+    "gemma": _GATED,
+    "gemma2": _GATED,
+    "gemma3_text": _GATED,
+    "phi3": replace(
+        _GATED,
+        maps=mlp_maps(
+            ("mlp.gate_up_proj.gate", "mlp.gate_up_proj.up"),
+            "mlp.down_proj",
+            fused="mlp.gate_up_proj",
+            activation="mlp.activation_fn",
+        ),
+    ),
+    "starcoder2": replace(_GATED, maps=mlp_maps(("mlp.c_fc",), "mlp.c_proj"), last=("self_attn.o_proj", "mlp.c_proj")),
     "gpt_neox": Architecture(
         prefix="gpt_neox",
         blocks="layers",
         depth="num_hidden_layers",
         final_norm="final_layer_norm",
         counts={"ffn": "intermediate_size"},
-        maps=_mlp(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
+        maps=mlp_maps(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
         last=("attention.dense", "mlp.dense_4h_to_h"),
         stored={"lm_head.weight": "embed_out.weight"},
     ),
@@ -232,7 +285,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         depth="n_layer",
         final_norm="ln_f",
         counts={"ffn": "n_inner"},
-        maps=_mlp(("mlp.c_fc",), "mlp.c_proj", transposed=True),  # transformers' Conv1D
+        maps=mlp_maps(("mlp.c_fc",), "mlp.c_proj", transposed=True),  # transformers' Conv1D
         last=("attn.c_proj", "mlp.c_proj"),
         why_not_deeper=lambda config: (
             "it scales attention by the number of the block" if config.scale_attn_by_inverse_layer_idx else None
@@ -244,7 +297,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         depth="num_hidden_layers",
         final_norm="decoder.final_layer_norm",
         counts={"ffn": "ffn_dim"},
-        maps=_mlp(("fc1",), "fc2"),
+        maps=mlp_maps(("fc1",), "fc2"),
         last=("self_attn.out_proj", "fc2"),
         why_not_deeper=lambda config: (
             None
@@ -255,6 +308,10 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+# Configuration fields that count the experts of a block.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
 def architecture_of(config: PreTrainedConfig) -> Architecture:
     """Return the row of a model's configuration.
 
@@ -262,6 +319,13 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
         GrowthError: there is none.
     """
     if config.model_type not in ARCHITECTURES:
+        experts = next((n for name in _EXPERTS if isinstance(n := getattr(config, name, None), int) and n > 1), None)
+        if experts is not None:
+            raise GrowthError(
+                f"a {config.model_type!r} model is a mixture of {experts} experts, which is not supported: each expert "
+                "has neurons of its own, and a token group cannot say yet to which expert its neurons belong. It will "
+                "be when it can; until then use a dense model, one without experts"
+            )
         raise GrowthError(
             f"where a {config.model_type!r} model keeps its neurons is not in the table; these are: "
             f"{', '.join(ARCHITECTURES)}. A row in growth/architectures.py adds one"

@@ -6,7 +6,7 @@ old neurons compute what they did bit for bit and can be frozen, while the state
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,34 @@ class GroupedLinear(nn.Module):
         return out
 
 
+class UnfusedLinear(nn.Module):
+    """A linear map whose outputs are those of several maps one after the other (Phi-3's gate and up), taken apart.
+
+    Args:
+        linear: the map.
+        counts: neurons of each group, in their order in every one of the maps.
+        names: of the maps, which become submodules.
+    """
+
+    def __init__(self, linear: Any, counts: Mapping[str, int], names: Sequence[str]) -> None:
+        super().__init__()
+        refuse_unless_plain(linear, "tell the neurons of token groups apart")
+        self.names = tuple(names)
+        biases = [None] * len(names) if linear.bias is None else linear.bias.chunk(len(names))
+        for name, weight, bias in zip(names, linear.weight.chunk(len(names)), biases, strict=True):
+            with torch.device("meta"):
+                piece = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+            piece.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+            piece.bias = None if bias is None else nn.Parameter(bias)
+            self.add_module(name, GroupedLinear(piece, counts, values=False))
+        self.register_state_dict_post_hook(_fuse)
+        self.register_load_state_dict_pre_hook(_unfuse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[*, D]` to `[*, maps · n]`."""
+        return torch.cat([self.get_submodule(name)(x) for name in self.names], dim=-1)
+
+
 def group_neurons(model: PreTrainedModel) -> None:
     """Keep the neurons of an ordinary transformer by token group, in place; a TokenFormer has its groups already.
 
@@ -79,15 +107,28 @@ def group_neurons(model: PreTrainedModel) -> None:
         return
     row, groups = architecture_of(config), token_groups(config)
     blocks = row.blocks_of(model)
-    found = []
+    found: list[tuple[nn.Module, str, nn.Module]] = []
+    found_activations: list[nn.Module] = []
     for block, token_map in places(config):
         counts = {group.name: group.count(token_map.projection, block) for group in groups}
-        for name, axis in {part.tensor.rpartition(".")[0]: part.axis for part in token_map.parts}.items():
+        by_module = {part.stored.rpartition(".")[0]: part.axis for part in token_map.parts}
+        for name, axis in by_module.items():
             linear = blocks[block].get_submodule(name)
-            if not isinstance(linear, GroupedLinear):
-                found.append((blocks[block], name, GroupedLinear(linear, counts, values=axis == 1)))
+            if isinstance(linear, (GroupedLinear, UnfusedLinear)):
+                continue
+            modules = (part.tensor.rpartition(".")[0] for part in token_map.parts if part.stored.startswith(f"{name}."))
+            inside = [m.removeprefix(f"{name}.") for m in dict.fromkeys(modules) if m != name]
+            grouped = (
+                UnfusedLinear(linear, counts, inside) if inside else GroupedLinear(linear, counts, values=axis == 1)
+            )
+            found.append((blocks[block], name, grouped))
+        activation = token_map.activation and blocks[block].get_submodule(token_map.activation)
+        if activation and _close_together not in activation._forward_pre_hooks.values():
+            found_activations.append(activation)
     for parent, name, grouped in found:
         parent.set_submodule(name, grouped)
+    for activation in found_activations:
+        activation.register_forward_pre_hook(_close_together)
 
 
 def refuse_unless_plain(linear: nn.Module, doing: str) -> None:
@@ -129,3 +170,24 @@ def _split(module: GroupedLinear, state: dict[str, Tensor], prefix: str, *rest: 
         del state[f"{prefix}{leaf}"]
         for name, piece in zip(maps, whole.split(sizes, dim=module.axis), strict=True):
             state[f"{prefix}groups.{name}.{leaf}"] = piece
+
+
+def _close_together(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Hook of an activation that reads a piece of a wider tensor."""
+    return tuple(argument.contiguous() for argument in arguments)
+
+
+def _fuse(module: UnfusedLinear, state: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
+    """State dict hook: write the one map that the ordinary architecture knows."""
+    for leaf in ("weight", "bias"):
+        names = [f"{prefix}{name}.{leaf}" for name in module.names]
+        if names[0] in state:
+            state[f"{prefix}{leaf}"] = torch.cat([state.pop(name) for name in names])
+
+
+def _unfuse(module: UnfusedLinear, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    """Loading hook: take the one map apart; the maps inside refuse sizes that are not theirs."""
+    for leaf in ("weight", "bias"):
+        if f"{prefix}{leaf}" in state:
+            pieces = state.pop(f"{prefix}{leaf}").chunk(len(module.names))
+            state.update({f"{prefix}{name}.{leaf}": piece for name, piece in zip(module.names, pieces, strict=True)})

@@ -30,11 +30,10 @@ def read_map(config: PreTrainedConfig, state: State, block: int, token_map: Toke
                 name = prefix + part.tensor.format(group=group.name)
                 if name in state:
                     groups.setdefault(group.name, {})[part.tensor] = state[name]
-        elif prefix + part.tensor in state:
-            whole = state[prefix + part.tensor]
+        elif prefix + part.stored in state:
             assert part.axis is not None
             sizes = [group.count(token_map.projection, block) for group in listed]
-            pieces = (whole.t() if part.transposed else whole).split(sizes, dim=part.axis)
+            pieces = part.read(state[prefix + part.stored]).split(sizes, dim=part.axis)
             for group, size, piece in zip(listed, sizes, pieces, strict=True):
                 if size:
                     groups.setdefault(group.name, {})[part.tensor] = piece
@@ -63,7 +62,9 @@ def write_map(token_map: TokenMap, groups: Groups) -> dict[str, Tensor]:
         elif found:
             assert part.axis is not None
             whole = torch.cat(list(found.values()), dim=part.axis)
-            tensors[part.tensor] = whole.t() if part.transposed else whole
+            whole = whole.t() if part.transposed else whole
+            # The pieces of a fused tensor follow each other in the map's parts.
+            tensors[part.stored] = torch.cat([tensors[part.stored], whole]) if part.stored in tensors else whole
     return tensors
 
 
@@ -176,7 +177,7 @@ def shared_differences(
 ) -> Iterator[str]:
     """Yield what is not bit for bit the same in two models: tensors outside token groups, and the groups `shared`."""
     row = architecture_of(config)
-    patterns = [part.tensor for token_map in row.maps for part in token_map.parts]
+    patterns = [part.stored for token_map in row.maps for part in token_map.parts]
 
     def rest(c: PreTrainedConfig, s: State) -> set[str]:
         names = {pattern.format(group=g) for pattern in patterns for g in group_names(c)}
