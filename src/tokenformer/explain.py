@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .errors import EvaluationError, GrowthError, MissingExtraError
-from .growth.architectures import TokenMap, architecture_of
+from .growth.architectures import architecture_of
 from .growth.importance import GroupUse, Importance, watched_weights
+from .growth.layout import TokenMap
 from .growth.neurons import group_neurons
 from .growth.operations import read_groups
 

@@ -131,7 +131,7 @@ def same_states(a, b):
     )
 
 
-@pytest.mark.parametrize("kind", ["paper", "ffn", "grown", "llama"])
+@pytest.mark.parametrize("kind", ["paper", "ffn", "grown", "llama", "phi3"])
 @pytest.mark.parametrize("frozen", [(), ("base", "embedding")])
 def test_the_optimizers_state_moves_along(kind, frozen, tmp_path):
     model = MODELS[kind]()

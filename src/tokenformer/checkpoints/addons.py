@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, GrowthError
-from ..growth.architectures import Groups, TokenMap, architecture_of, check_known, group_names, places, token_groups
+from ..growth.architectures import Groups, architecture_of, check_known, group_names, places, token_groups
 from ..growth.groups import is_normalised, merge_operation
+from ..growth.layout import TokenMap
 from ..growth.neurons import group_neurons
 from ..growth.operations import Operation, apply
 from ..growth.state import State, check_finite, content_digest, read_map, read_own, tensors_digest

@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ..errors import CheckpointError, GrowthError
-from ..growth.architectures import Groups, TokenMap, architecture_of, group_names
+from ..growth.architectures import Groups, architecture_of, group_names
 from ..growth.groups import check_siblings, merge_operation
+from ..growth.layout import TokenMap
 from ..growth.operations import Operation
 from ..growth.state import States, check_finite, move_states, read_map, rewritten
 from .checkpoint import OnProgress, is_old_buffer, read_config, save_checkpoint

@@ -17,7 +17,6 @@ from ..errors import GrowthError
 from .architectures import (
     GroupEntry,
     Groups,
-    TokenMap,
     architecture_of,
     check_known,
     check_new,
@@ -26,6 +25,7 @@ from .architectures import (
     token_groups,
     with_groups,
 )
+from .layout import TokenMap
 from .neurons import group_neurons
 from .operations import Operation, apply, check_plain, unchanged
 from .state import read_map, shared_differences

@@ -14,16 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import GrowthError
 from ..models.configuration_tokenformer import PRESETS, PROJECTIONS
 from ..models.pattention import default_tau, draw_tokens, zero_of_new_group
-from .architectures import (
-    GroupEntry,
-    Groups,
-    TokenMap,
-    architecture_of,
-    check_new,
-    group_names,
-    token_groups,
-    with_groups,
-)
+from .architectures import GroupEntry, Groups, architecture_of, check_new, group_names, token_groups, with_groups
+from .layout import TokenMap
 from .neurons import refuse_unless_plain
 from .operations import Operation, apply, unchanged
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from ..batches import batches
 from ..errors import GrowthError
 from ..models.pattention import Pattention
-from .architectures import TokenMap, architecture_of, places
+from .architectures import architecture_of, places
+from .layout import TokenMap
 from .neurons import GroupedLinear, group_neurons
 from .operations import read_groups
 

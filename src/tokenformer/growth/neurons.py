@@ -84,7 +84,8 @@ class UnfusedLinear(nn.Module):
             with torch.device("meta"):
                 piece = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
             piece.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
-            piece.bias = None if bias is None else nn.Parameter(bias)
+            if bias is not None:
+                piece.bias = nn.Parameter(bias)
             self.add_module(name, GroupedLinear(piece, counts, values=False))
         self.register_state_dict_post_hook(_fuse)
         self.register_load_state_dict_pre_hook(_unfuse)
@@ -108,27 +109,24 @@ def group_neurons(model: PreTrainedModel) -> None:
     row, groups = architecture_of(config), token_groups(config)
     blocks = row.blocks_of(model)
     found: list[tuple[nn.Module, str, nn.Module]] = []
-    found_activations: list[nn.Module] = []
     for block, token_map in places(config):
         counts = {group.name: group.count(token_map.projection, block) for group in groups}
-        by_module = {part.stored.rpartition(".")[0]: part.axis for part in token_map.parts}
-        for name, axis in by_module.items():
+        weights = [part for part in token_map.parts if part.tensor.endswith(".weight")]
+        for name in dict.fromkeys(part.stored.removesuffix(".weight") for part in weights):
+            inside = [part for part in weights if part.stored == f"{name}.weight"]
             linear = blocks[block].get_submodule(name)
             if isinstance(linear, (GroupedLinear, UnfusedLinear)):
                 continue
-            modules = (part.tensor.rpartition(".")[0] for part in token_map.parts if part.stored.startswith(f"{name}."))
-            inside = [m.removeprefix(f"{name}.") for m in dict.fromkeys(modules) if m != name]
-            grouped = (
-                UnfusedLinear(linear, counts, inside) if inside else GroupedLinear(linear, counts, values=axis == 1)
-            )
-            found.append((blocks[block], name, grouped))
-        activation = token_map.activation and blocks[block].get_submodule(token_map.activation)
-        if activation and _close_together not in activation._forward_pre_hooks.values():
-            found_activations.append(activation)
+            if inside[0].fused:
+                pieces = [part.tensor.removeprefix(f"{name}.").removesuffix(".weight") for part in inside]
+                found.append((blocks[block], name, UnfusedLinear(linear, counts, pieces)))
+            else:
+                found.append((blocks[block], name, GroupedLinear(linear, counts, values=inside[0].axis == 1)))
     for parent, name, grouped in found:
         parent.set_submodule(name, grouped)
-    for activation in found_activations:
-        activation.register_forward_pre_hook(_close_together)
+        if isinstance(grouped, UnfusedLinear):
+            for activation in (m.activation for m in row.maps if m.activation):
+                parent.get_submodule(activation).register_forward_pre_hook(_close_together)
 
 
 def refuse_unless_plain(linear: nn.Module, doing: str) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.pattention import Pattention, TokenGroup
-from .architectures import Groups, TokenMap, architecture_of, places
+from .architectures import Groups, architecture_of, places
+from .layout import TokenMap
 from .neurons import as_parameter, group_neurons, refuse_unless_plain
 
 Change = Callable[[int, TokenMap, Groups], Groups]

@@ -19,16 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..batches import batches
 from ..errors import GrowthError
 from ..models.pattention import Pattention
-from .architectures import (
-    GroupEntry,
-    Groups,
-    TokenMap,
-    architecture_of,
-    check_known,
-    places,
-    token_groups,
-    with_groups,
-)
+from .architectures import GroupEntry, Groups, architecture_of, check_known, places, token_groups, with_groups
+from .layout import TokenMap
 from .operations import Operation, apply, unchanged
 
 # Rows a gate is fitted on, of each kind of text: logistic regression in a few hundred dimensions needs no more.

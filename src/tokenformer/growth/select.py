@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import GrowthError
-from .architectures import Count, Groups, TokenMap, architecture_of, places, token_groups, with_groups
+from .architectures import Count, Groups, architecture_of, places, token_groups, with_groups
 from .importance import kept, measure, ranked, share_of
+from .layout import TokenMap
 from .operations import Operation, apply
 
 # For the (block, map)s that have any, and every token group, the parameter tokens to keep, in their new order.

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..errors import CheckpointError
-from .architectures import Groups, TokenMap, architecture_of, group_names, places, token_groups
+from .architectures import Groups, architecture_of, group_names, places, token_groups
+from .layout import TokenMap
 from .operations import Operation
 
 State = Mapping[str, Tensor]
