@@ -40,7 +40,7 @@ def grow(
     random; elsewhere (beside a linear map alone, norms per group, the neurons of an ordinary transformer) its keys are
     random and its values zero. New blocks are copies of the block below, spread evenly, whose last maps are zero; they
     belong to the new group. Trained parameters stay the same objects; τ does not move. An ordinary transformer's
-    neurons are first told apart by `group_neurons`, which for GPT-2 is exact to rounding.
+    neurons are first told apart by `group_neurons`, which for GPT-2 and Phi-3 is exact to rounding.
 
     Args:
         model: TokenFormer, or an ordinary transformer of an architecture in `growth.architectures`.

@@ -98,7 +98,8 @@ class UnfusedLinear(nn.Module):
 def group_neurons(model: PreTrainedModel) -> None:
     """Keep the neurons of an ordinary transformer by token group, in place; a TokenFormer has its groups already.
 
-    Outputs stay what they were: bit for bit where one group is all there is (Conv1D: to rounding), else to rounding.
+    Outputs stay what they were: bit for bit where one group is all there is, else, and for Conv1D and fused maps, to
+    rounding.
 
     Raises:
         GrowthError: no row in the table, or maps that are not plain (LoRA, quantised). The model is then untouched.
