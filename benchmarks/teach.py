@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenformer.data.blocks import pack, training_order, utf8_bytes
-from tokenformer.evaluate import evaluate
+from tokenformer.evaluation import evaluate
 from tokenformer.quiet import quiet_libraries
 
 Line = dict[str, Any]

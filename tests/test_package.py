@@ -14,11 +14,11 @@ from tokenformer.cli.app import app
 ROOT = Path(tokenformer.__file__).parent
 # A wing imports its own modules and what stands above it in this list; modules never import each other in a circle.
 ORDER = [
-    ["batches", "errors", "quiet", "sections"],
+    ["after_import", "batches", "errors", "quiet", "sections"],
     ["models"],
     ["growth"],
     ["data", "cost"],
-    ["checkpoints", "evaluate", "explain"],
+    ["checkpoints", "evaluation", "explain"],
     ["convert", "training"],
     ["compare", "plan", "when_to_grow"],
     ["cli", "__main__"],
@@ -37,7 +37,7 @@ def imports_of(name: str, path: Path) -> set[str]:
     """Our own modules that a module imports, by name relative to the package."""
     found = set()
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.ImportFrom):
             continue
         assert not (node.module or "").startswith("tokenformer") or node.level, f"{name}: import our own relatively"
@@ -78,7 +78,7 @@ def test_models_need_nothing_else_of_ours():
 
 def test_pattention_needs_torch_only():
     roots = set()
-    for node in ast.walk(ast.parse((ROOT / "models" / "pattention.py").read_text())):
+    for node in ast.walk(ast.parse((ROOT / "models" / "pattention.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             roots |= {a.name.split(".")[0] for a in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -87,30 +87,95 @@ def test_pattention_needs_torch_only():
 
 
 def test_public_api_is_pinned():
-    assert (
-        tokenformer.__all__
-        == sorted(tokenformer.__all__)
-        == [
-            "PRESETS",
-            "Pattention",
-            "TokenformerConfig",
-            "TokenformerForCausalLM",
-            "TokenformerModel",
-            "attach",
-            "consolidate",
-            "drop",
-            "freeze",
-            "grow",
-            "merge",
-            "prune",
-            "route",
-            "shrink",
-            "sort",
-            "split",
-            "unfreeze",
-        ]
-    )
+    assert tokenformer.__all__ == [
+        "PRESETS",
+        "CheckpointError",
+        "ConversionError",
+        "DataError",
+        "EvaluationError",
+        "GrowthError",
+        "HubError",
+        "MissingExtraError",
+        "Pattention",
+        "RecipeError",
+        "TokenformerConfig",
+        "TokenformerError",
+        "TokenformerForCausalLM",
+        "TokenformerModel",
+        "TokenizerError",
+        "__version__",
+        "attach",
+        "consolidate",
+        "drop",
+        "evaluate",
+        "freeze",
+        "grow",
+        "load",
+        "merge",
+        "prune",
+        "route",
+        "save",
+        "shrink",
+        "sort",
+        "split",
+        "text_blocks",
+        "train",
+        "unfreeze",
+    ]
+    assert set(tokenformer.__all__) <= set(dir(tokenformer))
     assert all(hasattr(tokenformer, name) for name in tokenformer.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'shrnk'"):
+        _ = tokenformer.shrnk
+    with pytest.warns(DeprecationWarning, match="called tokenformer.sort now"):
+        assert tokenformer.slice is tokenformer.sort
+
+
+def test_names_are_imported_from_where_the_type_checker_finds_them():
+    """The lazy names and the imports under TYPE_CHECKING say the same."""
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    guarded = next(node for node in tree.body if isinstance(node, ast.If))
+    homes = {
+        a.asname or a.name: f"{i.module}.{a.name}"
+        for i in guarded.body
+        if isinstance(i, ast.ImportFrom)
+        for a in i.names
+    }
+    assert homes.keys() | {"__version__"} == set(tokenformer.__all__)
+    assert {name: home for name, home in homes.items() if not home.startswith("errors.")} == tokenformer._HOMES
+
+
+def test_no_module_hides_a_public_name():
+    """Importing `tokenformer.evaluate`, were it a module, would put it where the function is."""
+    assert not {name for name in modules() if "." not in name} & set(tokenformer.__all__)
+
+
+SLOW = ["torch", "transformers", "datasets", "accelerate", "wrapt"]
+TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_param_tokens": 8}
+BOTH = f"""
+import pickle, sys, transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+config = AutoConfig.for_model("tokenformer", **{ {**TINY, "qkv_param_tokens": 8, "output_param_tokens": 8}!r})
+model = AutoModelForCausalLM.from_config(config)
+assert type(model) is tokenformer.TokenformerForCausalLM
+assert type(AutoModel.from_config(config)) is tokenformer.TokenformerModel
+assert type(pickle.loads(pickle.dumps(model))) is type(model)
+model.save_pretrained(sys.argv[1])
+assert type(AutoModelForCausalLM.from_pretrained(sys.argv[1])) is type(model)
+"""
+ORDERS = {
+    # GPT-NeoX's module imports the Auto classes in its middle, and our model imports GPT-NeoX's.
+    "ours first": f"import sys, tokenformer; assert not set({SLOW}) & set(sys.modules)\n"
+    "from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXModel",
+    "transformers first": "import transformers; from transformers import AutoModelForCausalLM; import tokenformer",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_auto_classes_know_ours_whichever_is_imported_first(order, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", ORDERS[order] + BOTH, tmp_path], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_command_line_is_pinned():
@@ -168,10 +233,35 @@ def test_command_line_is_pinned():
 
 def test_no_file_is_too_long_to_read_in_one_sitting():
     for name, path in modules().items():
-        assert len(path.read_text().splitlines()) <= 450, name
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 450, name
 
 
 @pytest.mark.parametrize("command", [["-m", "tokenformer"], ["-c", "from tokenformer.cli.app import main; main()"]])
 def test_runs_as_a_module_and_as_a_script(command):
     done = subprocess.run([sys.executable, *command, "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "without losing what it knows" in done.stdout
+
+
+QUICK = """
+import contextlib, io, sys
+from tokenformer.cli.app import main
+for arguments, code in {"--help": 0, "--version": 0, "grow --help": 0, "gro": 2, "grow --hlp": 2, "train none.yaml": 2,
+                        "compare none.yaml": 2, "plan none.yaml": 2, "report none.jsonl -o x": 2, "inspect none": 2,
+                        "grow none -o x": 2, "generate none": 2, "merge none none -o x": 2, "train": 2}.items():
+    sys.argv = ["tokenformer", *arguments.split()]
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            main()
+            found = 0
+        except SystemExit as end:
+            found = end.code or 0
+    assert found == code, (arguments, found)
+    assert (out if code == 0 else err).getvalue(), arguments
+    slow = {"torch", "transformers", "datasets", "accelerate", "wrapt", "numpy"} & set(sys.modules)
+    assert not slow, (arguments, slow)
+"""
+
+
+def test_help_and_usage_mistakes_import_nothing_slow(tmp_path):
+    done = subprocess.run([sys.executable, "-c", QUICK], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

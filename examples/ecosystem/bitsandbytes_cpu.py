@@ -19,7 +19,7 @@ from peft_lora import LORA, new_text, train_adapter
 from record import arguments, record
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from tokenformer.evaluate import evaluate
+from tokenformer.evaluation import evaluate
 from tokenformer.models.pattention import Pattention
 
 SCHEMES: dict[str, tuple[type, dict[str, Any]]] = {

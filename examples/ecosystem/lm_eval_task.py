@@ -19,7 +19,7 @@ from record import arguments, record
 
 from tokenformer.checkpoints.checkpoint import load_checkpoint
 from tokenformer.data.sources import load_documents
-from tokenformer.evaluate import evaluate_tasks
+from tokenformer.evaluation import evaluate_tasks
 from tokenformer.quiet import quiet_libraries
 
 QUESTIONS = 200

@@ -23,7 +23,7 @@ from tokenformer import TokenformerForCausalLM, grow
 from tokenformer.data.blocks import pack, utf8_bytes
 from tokenformer.data.sources import load_documents
 from tokenformer.data.text import hold_out
-from tokenformer.evaluate import evaluate
+from tokenformer.evaluation import evaluate
 
 LORA = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["keys", "values"])
 STEPS, BATCH_SIZE, BLOCK_LENGTH = 40, 8, 64

@@ -19,7 +19,7 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tens
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from tokenformer import TokenformerConfig, TokenformerForCausalLM
-from tokenformer.evaluate import evaluate
+from tokenformer.evaluation import evaluate
 from tokenformer.models.pattention import Pattention
 
 SCHEMES = {"int8 weight-only": Int8WeightOnlyConfig, "int8 dynamic": Int8DynamicActivationInt8WeightConfig}

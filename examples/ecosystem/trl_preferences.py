@@ -28,7 +28,7 @@ from tokenformer.checkpoints.checkpoint import load_checkpoint
 from tokenformer.data.blocks import pack
 from tokenformer.data.sources import load_documents
 from tokenformer.data.text import hold_out
-from tokenformer.evaluate import evaluate
+from tokenformer.evaluation import evaluate
 
 GROUP, SEEDS, STEPS, ROWS = "capitals", 3, 60, 8
 HELD_OUT_PAIRS, HELD_OUT_CHARACTERS = 48, 20_000

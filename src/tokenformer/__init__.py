@@ -1,47 +1,163 @@
-"""Transformers whose parameters are tokens: train one, then keep making it bigger without losing what it knows."""
+"""Transformers whose parameters are tokens: train one, then keep making it bigger without losing what it knows.
 
-import warnings
-from typing import Any
+A name is imported when it is first used, so that `import tokenformer` and the command line answer at once. The Auto
+classes of transformers know a TokenFormer as soon as both packages are imported, in either order.
+"""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from __future__ import annotations
 
-from .checkpoints.addons import attach, split
-from .growth.freeze import freeze, unfreeze
-from .growth.groups import consolidate, drop, merge
-from .growth.grow import grow
-from .growth.route import route
-from .growth.select import prune, shrink, sort
-from .models.configuration_tokenformer import PRESETS, TokenformerConfig
-from .models.modeling_tokenformer import TokenformerForCausalLM, TokenformerModel
-from .models.pattention import Pattention
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+from .after_import import after_import
 
-def slice(model: PreTrainedModel, blocks: Any) -> None:
-    """Call `sort`, as it is called now; goes with the next release."""
-    warnings.warn("tokenformer.slice is called tokenformer.sort now", DeprecationWarning, stacklevel=2)
-    sort(model, blocks)
+if TYPE_CHECKING:
+    from .checkpoints.addons import attach, split
+    from .checkpoints.checkpoint import load_checkpoint as load
+    from .checkpoints.checkpoint import save_checkpoint as save
+    from .data.blocks import text_blocks
+    from .errors import (
+        CheckpointError,
+        ConversionError,
+        DataError,
+        EvaluationError,
+        GrowthError,
+        HubError,
+        MissingExtraError,
+        RecipeError,
+        TokenformerError,
+        TokenizerError,
+    )
+    from .evaluation import evaluate_text as evaluate
+    from .growth.freeze import freeze, unfreeze
+    from .growth.groups import consolidate, drop, merge
+    from .growth.grow import grow
+    from .growth.route import route
+    from .growth.select import prune, shrink, sort
+    from .models.configuration_tokenformer import PRESETS, TokenformerConfig
+    from .models.modeling_tokenformer import TokenformerForCausalLM, TokenformerModel
+    from .models.pattention import Pattention
+    from .training.train import train
 
-
-AutoConfig.register("tokenformer", TokenformerConfig)
-AutoModel.register(TokenformerConfig, TokenformerModel)
-AutoModelForCausalLM.register(TokenformerConfig, TokenformerForCausalLM)
+    __version__: str
 
 __all__ = [
     "PRESETS",
+    "CheckpointError",
+    "ConversionError",
+    "DataError",
+    "EvaluationError",
+    "GrowthError",
+    "HubError",
+    "MissingExtraError",
     "Pattention",
+    "RecipeError",
     "TokenformerConfig",
+    "TokenformerError",
     "TokenformerForCausalLM",
     "TokenformerModel",
+    "TokenizerError",
+    "__version__",
     "attach",
     "consolidate",
     "drop",
+    "evaluate",
     "freeze",
     "grow",
+    "load",
     "merge",
     "prune",
     "route",
+    "save",
     "shrink",
     "sort",
     "split",
+    "text_blocks",
+    "train",
     "unfreeze",
 ]
+
+# Where a name is defined; errors are in errors.py under their own names.
+_HOMES = {
+    "PRESETS": "models.configuration_tokenformer.PRESETS",
+    "Pattention": "models.pattention.Pattention",
+    "TokenformerConfig": "models.configuration_tokenformer.TokenformerConfig",
+    "TokenformerForCausalLM": "models.modeling_tokenformer.TokenformerForCausalLM",
+    "TokenformerModel": "models.modeling_tokenformer.TokenformerModel",
+    "attach": "checkpoints.addons.attach",
+    "consolidate": "growth.groups.consolidate",
+    "drop": "growth.groups.drop",
+    "evaluate": "evaluation.evaluate_text",
+    "freeze": "growth.freeze.freeze",
+    "grow": "growth.grow.grow",
+    "load": "checkpoints.checkpoint.load_checkpoint",
+    "merge": "growth.groups.merge",
+    "prune": "growth.select.prune",
+    "route": "growth.route.route",
+    "save": "checkpoints.checkpoint.save_checkpoint",
+    "shrink": "growth.select.shrink",
+    "sort": "growth.select.sort",
+    "split": "checkpoints.addons.split",
+    "text_blocks": "data.blocks.text_blocks",
+    "train": "training.train.train",
+    "unfreeze": "growth.freeze.unfreeze",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use (PEP 562)."""
+    if name == "slice":  # for one release
+        import_module("warnings").warn("tokenformer.slice is called tokenformer.sort now", DeprecationWarning, 2)
+        return __getattr__("sort")
+    if name == "__version__":
+        value: Any = import_module("importlib.metadata").version(__name__)
+    elif name in __all__:
+        module, _, attribute = _HOMES.get(name, f"errors.{name}").rpartition(".")
+        value = getattr(import_module(f".{module}", __name__), attribute)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List public names, imported or not."""
+    return sorted({*globals(), *__all__})
+
+
+def _register_config() -> None:
+    from transformers import AutoConfig
+
+    from .models.configuration_tokenformer import TokenformerConfig
+
+    AutoConfig.register("tokenformer", TokenformerConfig, exist_ok=True)
+
+
+def _register_models() -> None:
+    """Register models that import themselves when they are used.
+
+    At once would be too early: what they are made of in transformers may be what is importing the Auto classes.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+    from wrapt import lazy_import
+
+    from .models.configuration_tokenformer import TokenformerConfig
+
+    module = f"{__name__}.models.modeling_tokenformer"
+    for mapping, name in ((MODEL_MAPPING, "TokenformerModel"), (MODEL_FOR_CAUSAL_LM_MAPPING, "TokenformerForCausalLM")):
+        mapping.register(TokenformerConfig, lazy_import(module, name, interface=type), exist_ok=True)
+
+
+def _register_classes() -> None:
+    """Put the models themselves where those that import themselves were."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+    from .models.modeling_tokenformer import TokenformerConfig, TokenformerForCausalLM, TokenformerModel
+
+    MODEL_MAPPING.register(TokenformerConfig, TokenformerModel, exist_ok=True)
+    MODEL_FOR_CAUSAL_LM_MAPPING.register(TokenformerConfig, TokenformerForCausalLM, exist_ok=True)
+
+
+after_import("transformers.models.auto.configuration_auto", _register_config)
+after_import("transformers.models.auto.modeling_auto", _register_models)
+after_import(f"{__name__}.models.modeling_tokenformer", _register_classes)

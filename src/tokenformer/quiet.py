@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
-import datasets
-from transformers.utils import logging as transformers_logging
+from .after_import import after_import
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to us: transformers and datasets draw bars of their own, lm-eval explains what we know."""
+    """Leave the terminal to us for the rest of this process: other libraries draw bars, and warn about each other."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    after_import("transformers.utils.logging", _quiet_transformers)
+    after_import("datasets", _quiet_datasets)
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def _quiet_datasets() -> None:
+    import datasets
+
     datasets.disable_progress_bars()

@@ -153,6 +153,20 @@ def recover(path: Path) -> None:
         raise CheckpointError(f"cannot reach {path}: {error}") from error
 
 
+def find_checkpoint(path: Path, *, hint: str = "") -> Path:
+    """Return the configuration's file of a checkpoint, after a killed replacement is undone; `hint` ends the error.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    recover(path)
+    file = path / "config.json"
+    if not file.is_file():
+        found = "an empty or different folder" if path.is_dir() else "a file" if path.exists() else "nothing"
+        raise CheckpointError(f"no checkpoint at {path}: looked for {file.name} in it, found {found}{hint}")
+    return file
+
+
 def _target(path: Path) -> Path:
     """Follow symbolic links: a new file or folder takes the place of what they point to, on its own disk."""
     return Path(os.path.realpath(path))

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
-from .files import files_digest, recover
+from .files import files_digest, find_checkpoint
 from .lineage import Lineage
 
 CONFIG_FILE = "config.json"
@@ -50,11 +50,7 @@ def config_fields(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no checkpoint at `path`, or its configuration cannot be read.
     """
-    folder, file = Path(path), Path(path) / CONFIG_FILE
-    recover(folder)
-    if not file.is_file():
-        found = "an empty or different folder" if folder.is_dir() else "a file" if folder.exists() else "nothing"
-        raise CheckpointError(f"no checkpoint at {path}: looked for {file.name} in it, found {found}")
+    file = find_checkpoint(Path(path))
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):

@@ -15,13 +15,13 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from ..quiet import quiet_libraries
+from .arguments import Checkpoint, Force, Keep, Output, check_checkpoint, check_recipe
 from .compare import comparisons
-from .groups import Checkpoint, Force, Output, groups, rewriting
+from .groups import groups, rewriting
 
 app = typer.Typer(
-    help="Transformers whose parameters are tokens: train one, then make it bigger without losing what it knows.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -29,12 +29,32 @@ converters = typer.Typer(help="Other formats' checkpoints into ours, and back.",
 app.add_typer(converters, name="convert")
 app.add_typer(groups)
 app.add_typer(comparisons)
-Keep = Annotated[float, typer.Option(help="Share of each token group to load, of a sliced checkpoint.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"tokenformer {version('tokenformer')}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Transformers whose parameters are tokens: train one, then make it bigger without losing what it knows."""
+    quiet_libraries()
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file; see `tokenformer recipe --explain`.", metavar="RECIPE")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(help="YAML file; see `tokenformer recipe --explain`.", metavar="RECIPE", callback=check_recipe),
+    ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run folder.  [default: runs/NAME of the recipe]")
     ] = None,
@@ -42,13 +62,11 @@ def train(
     force: Force = False,
 ) -> None:
     """Train a recipe: stage after stage, growing in between."""
-    from ..quiet import quiet_libraries
     from ..training.recipe import load_recipe
     from ..training.train import train as run
     from .displays import TrainingDisplay
     from .tables import stage_table
 
-    quiet_libraries()
     console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun, one process speaks
     folder = output or Path("runs") / recipe.stem
     content = load_recipe(recipe)
@@ -82,9 +100,7 @@ def generate(
 
     from ..checkpoints.checkpoint import load_checkpoint
     from ..errors import TokenizerError
-    from ..quiet import quiet_libraries
 
-    quiet_libraries()
     model, tokenizer, _ = load_checkpoint(checkpoint, keep=keep)
     model.to(torch.accelerator.current_accelerator() or "cpu")
     if tokenizer is None:
@@ -134,12 +150,10 @@ def evaluate(
 
     from ..checkpoints.checkpoint import load_checkpoint
     from ..errors import EvaluationError, TokenizerError
-    from ..evaluate import default_block_length, evaluate_tasks, evaluate_text
-    from ..quiet import quiet_libraries
+    from ..evaluation import default_block_length, evaluate_tasks, evaluate_text
     from ..training.recipe import parse_recipe
     from .tables import task_table
 
-    quiet_libraries()
     if not text and not tasks:
         raise EvaluationError("nothing to evaluate on: give --text SOURCE, --tasks TASKS, or both")
     model, tokenizer, lineage = load_checkpoint(checkpoint, keep=keep)
@@ -172,9 +186,7 @@ def push(
 ) -> None:
     """Publish a checkpoint on the Hugging Face Hub, with its model card."""
     from ..checkpoints.hub import push_to_hub
-    from ..quiet import quiet_libraries
 
-    quiet_libraries()
     address = push_to_hub(checkpoint, repository, private=private, license=license)
     Console().print(f"Published: {address}", markup=False, soft_wrap=True)
 
@@ -191,10 +203,8 @@ def convert_official(
 ) -> None:
     """Turn an official TokenFormer checkpoint into an ordinary Hugging Face model."""
     from ..convert.files import convert_official as run
-    from ..quiet import quiet_libraries
     from .tables import stage_table
 
-    quiet_libraries()
     console = Console()
     with rewriting(console) as on_progress:
         run(weights, config, output, tokenizer=tokenizer, force=force, on_progress=on_progress)
@@ -207,17 +217,18 @@ def convert_official(
 @converters.command("transformer")
 def convert_transformer(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Folder of a GPT-NeoX checkpoint, such as Pythia's.", metavar="DIR")
+        Path,
+        typer.Argument(
+            help="Folder of a GPT-NeoX checkpoint, such as Pythia's.", metavar="DIR", callback=check_checkpoint
+        ),
     ],
     output: Output,
     force: Force = False,
 ) -> None:
     """Turn an ordinary GPT-NeoX into a TokenFormer that computes the same, and can grow everywhere."""
     from ..convert.transformer import convert_transformer as run
-    from ..quiet import quiet_libraries
     from .tables import stage_table
 
-    quiet_libraries()
     console = Console()
     with rewriting(console) as on_progress:
         run(checkpoint, output, force=force, on_progress=on_progress)
@@ -236,9 +247,7 @@ def convert_to_official(
     from ..convert.files import convert_to_official as run
     from ..convert.official import expressed_tokens
     from ..models.configuration_tokenformer import PROJECTIONS
-    from ..quiet import quiet_libraries
 
-    quiet_libraries()
     described = run(checkpoint, output, force=force)
     config, console = read_config(checkpoint), Console()
     for projection, count in expressed_tokens(config).items():
@@ -275,7 +284,7 @@ def main() -> None:
     from ..errors import TokenformerError
 
     try:
-        app()
+        app(prog_name="tokenformer")
     except TokenformerError as error:
         Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)

@@ -8,12 +8,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .arguments import Results, check_recipe
+
 comparisons = typer.Typer()
 
 
 @comparisons.command()
 def compare(
-    recipe: Annotated[Path, typer.Argument(help="YAML file; recipes/compare holds examples.", metavar="RECIPE")],
+    recipe: Annotated[
+        Path, typer.Argument(help="YAML file; recipes/compare holds examples.", metavar="RECIPE", callback=check_recipe)
+    ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Its folder.  [default: runs/compare/NAME of the recipe]")
     ] = None,
@@ -26,10 +30,8 @@ def compare(
     from ..compare.recipe import load_compare_recipe
     from ..compare.report import write_report
     from ..compare.run import compare as run
-    from ..quiet import quiet_libraries
     from .displays import ComparisonDisplay
 
-    quiet_libraries()
     console = Console()
     folder = output or Path("runs") / "compare" / recipe.stem
     content = load_compare_recipe(recipe)
@@ -44,7 +46,7 @@ def compare(
 
 @comparisons.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(help="results.jsonl of one comparison.", metavar="RESULTS")],
+    results: Results,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.html, report.md and pictures.")],
 ) -> None:
     """Make the report of a comparison from its results alone, those of several machines together."""
@@ -57,7 +59,9 @@ def report(
 
 @comparisons.command("plan")
 def show_plan(
-    plan: Annotated[Path, typer.Argument(help="YAML file; recipes/plan/paper.yaml is one.", metavar="PLAN")],
+    plan: Annotated[
+        Path, typer.Argument(help="YAML file; recipes/plan/paper.yaml is one.", metavar="PLAN", callback=check_recipe)
+    ],
 ) -> None:
     """Say what growing will cost beside training from scratch: FLOPs, memory, hours, money."""
     from ..plan import conclusions, cost_table, published_table, read_plan

@@ -12,17 +12,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .arguments import Checkpoint, Force, Output, Parts, Text, check_checkpoint
+
 if TYPE_CHECKING:
     from ..growth.architectures import GroupEntry
 
 groups = typer.Typer()
-Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output.")]
-Checkpoint = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", metavar="CHECKPOINT")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the new checkpoint.")]
-Parts = Annotated[
-    list[str], typer.Argument(help='Token groups, "embedding", "final_norm" or "linear_maps".', metavar="NAME…")
-]
-Text = Annotated[str, typer.Option(help="Text to judge by: file, folder, glob or dataset.", metavar="SOURCE")]
 
 
 @groups.command()
@@ -118,7 +113,9 @@ def consolidate(
 @groups.command()
 def merge(
     checkpoint: Checkpoint,
-    other: Annotated[Path, typer.Argument(help="Another child of the same parent.", metavar="OTHER")],
+    other: Annotated[
+        Path, typer.Argument(help="Another child of the same parent.", metavar="OTHER", callback=check_checkpoint)
+    ],
     output: Output,
     rename: Annotated[
         list[str] | None,
@@ -133,9 +130,7 @@ def merge(
     """Unite the token groups of two models grown apart from one parent."""
     from ..checkpoints.rewrite import merge_checkpoints, open_checkpoint
     from ..errors import GrowthError
-    from ..quiet import quiet_libraries
 
-    quiet_libraries()
     pairs = [pair.partition("=") for pair in rename or []]
     if not all(old and new for old, _, new in pairs):
         raise GrowthError(f"--rename takes OLD=NEW, such as grown1=python; found {', '.join(rename or [])}")
@@ -163,9 +158,7 @@ def split(
     """Save one token group alone, as an add-on for its parent."""
     from ..checkpoints.addons import split_state
     from ..checkpoints.rewrite import open_checkpoint
-    from ..quiet import quiet_libraries
 
-    quiet_libraries()
     source = open_checkpoint(checkpoint)
     source.verification.result()  # an add-on of damaged weights would fit no parent
     file = split_state(source.config, source.tensors, group, output, force=force)
@@ -281,12 +274,10 @@ def inspect(
     from ..checkpoints.verify import verify_checkpoint
     from ..errors import EvaluationError
     from ..growth.architectures import architecture_of, token_groups
-    from ..quiet import quiet_libraries
     from .tables import lineage_table
 
     if picture is not None and prompt is None:
         raise EvaluationError("--picture shows what a prompt's next word came from; give --prompt as well")
-    quiet_libraries()
     config, lineage = read_config(checkpoint), verify_checkpoint(checkpoint)
     console, width = Console(), _width(config)
     table = Table(title="Token groups", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -341,9 +332,7 @@ def _rewrite(checkpoint: Path, output: Path, operation: Callable[[Any], Any], *,
     """Do to the files of a checkpoint what `operation` says of it."""
     from ..checkpoints.files import check_target
     from ..checkpoints.rewrite import open_checkpoint, rewrite
-    from ..quiet import quiet_libraries
 
-    quiet_libraries()
     check_target(output, force=force)
     source, console = open_checkpoint(checkpoint), Console()
     with rewriting(console) as on_progress:
@@ -372,9 +361,7 @@ def _judged(checkpoint: Path) -> tuple[Any, Any, Any, Callable[[str], Any]]:
     from ..checkpoints.checkpoint import load_checkpoint
     from ..data.blocks import text_blocks
     from ..errors import TokenizerError
-    from ..quiet import quiet_libraries
 
-    quiet_libraries()
     model, tokenizer, lineage = load_checkpoint(checkpoint)
     if tokenizer is None:
         raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")

@@ -19,7 +19,7 @@ from ..checkpoints.checkpoint import load_checkpoint
 from ..checkpoints.lineage import Lineage
 from ..checkpoints.optimizer import OptimizerState, load_states
 from ..data.text import TextData
-from ..evaluate import Evaluation, evaluate
+from ..evaluation import Evaluation, evaluate
 from ..growth.freeze import freeze_only
 from ..training.log import Log, read_log
 from ..training.preparation import use_bfloat16

@@ -24,7 +24,7 @@ from ..checkpoints.lineage import Lineage
 from ..checkpoints.optimizer import OPTIMIZER_FILE, OptimizerState
 from ..data.blocks import training_order
 from ..data.text import TextData
-from ..evaluate import Evaluation, evaluate
+from ..evaluation import Evaluation, evaluate
 from ..growth.architectures import group_names
 from ..growth.freeze import freeze_only
 from ..models.pattention import Pattention

@@ -23,12 +23,12 @@ from ..errors import CheckpointError, DataError
 from ..models.modeling_tokenformer import TokenformerForCausalLM
 from .log import Log, OnEvent, read_log
 from .preparation import check_resumable, first_config, new_run, prepare_run, processes
-from .recipe import Recipe
+from .recipe import Recipe, load_recipe, parse_recipe
 from .stage import StageRun, stage_seed, unfinished
 
 
 def train(
-    recipe: Recipe,
+    recipe: Recipe | str | Path | dict[str, Any],
     folder: str | Path,
     *,
     resume: bool = False,
@@ -38,7 +38,7 @@ def train(
     """Train `recipe` in `folder` and return the checkpoints of its stages, the final one last.
 
     Args:
-        recipe: what to do.
+        recipe: what to do; as a path, the YAML file that says it, and as a dictionary, what such a file holds.
         folder: the run folder.
         resume: continue what an earlier call began, from its newest whole checkpoint; with the same machine and
             threads the final weights equal those of an uninterrupted run bit for bit.
@@ -52,6 +52,10 @@ def train(
         CheckpointError: the folder exists, or cannot be written.
         KeyboardInterrupt: after Ctrl-C, once the state is saved (a second Ctrl-C leaves at once).
     """
+    if isinstance(recipe, dict):
+        recipe = parse_recipe(recipe)
+    elif not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
     run = Path(folder)
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)

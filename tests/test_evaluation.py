@@ -15,7 +15,7 @@ from tokenformer.checkpoints.lineage import Lineage
 from tokenformer.cli import app as cli
 from tokenformer.data.tokenizer import make_tokenizer, open_tokenizer, vocabulary_size
 from tokenformer.errors import EvaluationError, MissingExtraError, TokenformerError
-from tokenformer.evaluate import evaluate_tasks, evaluate_text
+from tokenformer.evaluation import evaluate_tasks, evaluate_text
 
 TEXT = "Shall I compare thee to a summer's day? Thou art more lovely — and more temperate.\n" * 3
 CHOICES = [

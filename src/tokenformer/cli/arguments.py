@@ -1,0 +1,59 @@
+"""What several commands take. That a file or folder is there is asked before anything slow is imported."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..checkpoints.files import find_checkpoint
+from ..errors import RecipeError
+
+
+def _nearest(path: Path) -> str:
+    """Return a hint at the file or folder beside a missing one whose name is nearest, or nothing."""
+    folder = path.parent
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {folder / near[0]}?" if near else ""
+
+
+def check_recipe(path: Path) -> Path:
+    """Return a recipe's file; RecipeError if there is none."""
+    if not path.exists():
+        raise RecipeError(f"cannot read recipe {path}: there is no such file{_nearest(path)}")
+    return path
+
+
+def _results(paths: list[Path]) -> list[Path]:
+    for path in paths:
+        if not path.exists():
+            raise RecipeError(f"cannot read results {path}: there is no such file{_nearest(path)}")
+    return paths
+
+
+def check_checkpoint(path: Path) -> Path:
+    """Return a checkpoint's folder; CheckpointError if it is none."""
+    find_checkpoint(path, hint="" if path.exists() else _nearest(path))
+    return path
+
+
+Checkpoint = Annotated[
+    Path, typer.Argument(help="Folder of a checkpoint.", metavar="CHECKPOINT", callback=check_checkpoint)
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Keep = Annotated[float, typer.Option(help="Share of each token group to load, of a sorted checkpoint.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the new checkpoint.")]
+Parts = Annotated[
+    list[str], typer.Argument(help='Token groups, "embedding", "final_norm" or "linear_maps".', metavar="NAME…")
+]
+Text = Annotated[str, typer.Option(help="Text to judge by: file, folder, glob or dataset.", metavar="SOURCE")]
+
+
+Recipe = Annotated[Path, typer.Argument(help="YAML file.", metavar="RECIPE", callback=check_recipe)]
+Results = Annotated[
+    list[Path], typer.Argument(help="results.jsonl of one comparison.", metavar="RESULTS", callback=_results)
+]
