@@ -57,6 +57,7 @@ from tokenformer.data.blocks import pack
 from tokenformer.data.sources import load_documents
 from tokenformer.data.text import hold_out
 from tokenformer.data.tokenizer import make_tokenizer
+from tokenformer.growth.architectures import group_names
 from tokenformer.growth.freeze import freeze_only
 from tokenformer.growth.groups import merge
 from tokenformer.growth.route import route
@@ -186,7 +187,7 @@ def with_lora(model: Any) -> Any:
 
 def with_group(model: Any, text: str, norm: str = "joint") -> Any:
     """Add a token group named after a text, and freeze all that was there."""
-    older = [group["name"] for group in model.config.token_groups]
+    older = group_names(model.config)
     first = norm if len(older) == 1 else None
     grow(model, ffn_param_tokens=f"+{GROUP_TOKENS}", name=text, norm=first)
     freeze_only(model, [*older, *PARTS])

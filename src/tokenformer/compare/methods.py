@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.optimizer import OptimizerState
 from ..errors import GrowthError
-from ..growth.architectures import architecture_of, token_groups, with_groups
+from ..growth.architectures import architecture_of, group_names, token_groups, with_groups
 from ..growth.grow import Amount, resolve_amount
 from ..growth.neurons import group_neurons
 from ..models.pattention import default_tau, reset_linear
@@ -98,7 +98,7 @@ def _departing(
             f"{config.norm_activation_type!r} and token_group_norm {config.token_group_norm!r}"
         )
     model, states = model, grow_with_states(model, states, **counts)
-    new = config.token_groups[-1]["name"]
+    new = group_names(config)[-1]
     for projection, layers in model.pattention_layers.items():
         total = getattr(config, f"{projection}_param_tokens")
         if recomputed_tau and total:

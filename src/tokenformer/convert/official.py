@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from ..errors import ConversionError
+from ..growth.architectures import token_groups
 from ..models.configuration_tokenformer import PROJECTIONS, TokenformerConfig
 from ..models.pattention import BASE_GROUP, default_tau
 
@@ -186,11 +187,11 @@ def check_expressible(config: TokenformerConfig) -> None:
         reasons.append("the norms in its blocks have weights and biases")
     if config.use_qk_norm:
         reasons.append("its queries and keys are normalised")
-    for group in config.token_groups or []:
-        if group.get("routed"):
-            reasons.append(f"its token group {group['name']!r} is routed")
-        if any(isinstance(group[p], list) for p in PROJECTIONS):
-            reasons.append(f"its blocks differ in the parameter tokens of {group['name']!r}")
+    for group in token_groups(config):
+        if group.routed:
+            reasons.append(f"its token group {group.name!r} is routed")
+        if any(len(set(group.over(p))) > 1 for p in PROJECTIONS):
+            reasons.append(f"its blocks differ in the parameter tokens of {group.name!r}")
     if reasons:
         raise ConversionError(f"the official code cannot express this model: {'; '.join(reasons)}")
 

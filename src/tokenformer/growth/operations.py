@@ -1,7 +1,7 @@
 """An operation on token groups, said once for models in memory and checkpoints on disk.
 
 An `Operation` is a new configuration, the blocks to make, and a function from the tensors of one map's token groups to
-the new ones. `apply` carries it out on a model in place; `tokenformer.rewrite` on the files of a checkpoint, block
+the new ones. `apply` carries it out on a model in place; `checkpoints.rewrite` on the files of a checkpoint, block
 after block, to the same bits.
 """
 

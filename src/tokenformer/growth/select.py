@@ -25,7 +25,7 @@ def prune(model: PreTrainedModel, blocks: Any, *, keep: float, scope: str = "lay
 
     Args:
         model: TokenFormer or ordinary transformer.
-        blocks: text to judge by, as `data.pack` gives it.
+        blocks: text blocks to judge by, as `text_blocks` gives them.
         keep: share of the tokens to keep, above 0, at most 1.
         scope: "layer": that share of every group in every map; "global": that share of all tokens of a projection,
             wherever they are.
@@ -53,7 +53,7 @@ def sort(model: PreTrainedModel, blocks: Any) -> None:
 
     Args:
         model: TokenFormer or ordinary transformer.
-        blocks: text to judge by, as `data.pack` gives it.
+        blocks: text blocks to judge by, as `text_blocks` gives them.
     """
     apply(model, sort_operation(model, blocks))
 

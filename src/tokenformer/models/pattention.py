@@ -346,7 +346,8 @@ class Pattention(nn.Module):
             return group.keys, group.values
         if not can_read(group.keys) or not can_read(group.values):
             raise ValueError(
-                f"keep is {self.keep}, but this layer's maps are quantised, adapted, sharded or hooked; slice it before"
+                f"keep is {self.keep}, but this layer's maps are quantised, adapted, sharded or hooked; shrink the "
+                "model before"
             )
         kept = math.ceil(self.keep * group.keys.out_features - 1e-9)
         bias = None if group.keys.bias is None else group.keys.bias[:kept]
