@@ -1,9 +1,15 @@
+from functools import partial
+
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny, tokens
+from group_operations import ordinary
+from tiny_models import FAMILIES, SIZES, tiny, tokens
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig
 
 from tokenformer import cost, grow
+from tokenformer.growth.architectures import architecture_of
+from tokenformer.growth.freeze import freeze_only
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -16,19 +22,66 @@ def test_parameters_and_groups_match_the_model(family):
     assert cost.group_tokens(model.config)["more"] == 24 * 3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("frozen", [False, True])
-def test_flops_match_what_torch_counts(family, frozen):
-    model, ids = tiny(family, attention="eager").train(), tokens()
-    if frozen:
-        for layers in model.pattention_layers.values():
-            for layer in layers:
-                layer.groups.requires_grad_(False)
+OPT = {"word_embed_proj_dim": 64, "ffn_dim": 56, "activation_dropout": 0.1}
+ORDINARY = {
+    "llama": lambda: LlamaConfig(**SIZES, intermediate_size=56, num_key_value_heads=2),
+    "tied llama": lambda: LlamaConfig(**SIZES, intermediate_size=56, tie_word_embeddings=True),
+    "gpt_neox": lambda: GPTNeoXConfig(**SIZES, intermediate_size=56),
+    "gpt2": lambda: GPT2Config(vocab_size=128, n_embd=64, n_layer=3, n_head=4, n_positions=64),
+    "opt": lambda: OPTConfig(**SIZES, **OPT),
+}
+MODELS = {
+    **{family: partial(tiny, family) for family in FAMILIES},
+    "untied": lambda: tiny(tie_word_embeddings=False),
+    "per_group": lambda: tiny(token_group_norm="per_group"),
+    **{name: lambda make=make: ordinary(make()) for name, make in ORDINARY.items()},
+}
+FROZEN = {
+    "nothing": [],
+    "base": ["base"],
+    "embedding": ["embedding"],
+    "all but what was added": ["base", "embedding", "final_norm", "linear_maps"],
+    "all but the final norm": ["base", "new", "embedding", "linear_maps"],
+}
+
+
+def counted(model, ids):
+    """What torch's counter sees, attention written out."""
+    model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
         model(ids, labels=ids, use_cache=False).loss.backward()
-    count = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    want = cost.training_flops(model.config, ids.shape[1], frozen_parameters=count) * ids.numel()
-    assert abs(counter.get_total_flops() / want - 1) < 0.03
+    return counter.get_total_flops() / ids.numel()
+
+
+@pytest.mark.parametrize("growth", [{"ffn_param_tokens": "+24"}, {"num_hidden_layers": "+1"}], ids=["tokens", "block"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_flops_are_what_torch_counts_whatever_is_frozen(kind, growth):
+    model, ids = MODELS[kind](), tokens()
+    grow(model, **growth, name="new")
+    for names in FROZEN.values():
+        freeze_only(model, names)
+        state, training = torch.get_rng_state(), model.training
+        stated = cost.training_flops_of(model, ids.shape[1])
+        assert torch.equal(torch.get_rng_state(), state) and model.training is training
+        assert not any(module._forward_pre_hooks for module in model.modules())
+        assert counted(model, ids) == pytest.approx(stated, rel=1e-9), names
+        if not names:
+            assert stated == pytest.approx(cost.training_flops(model.config, ids.shape[1]))
+
+
+@pytest.mark.parametrize("bottom", [1, 2])
+@pytest.mark.parametrize("kind", MODELS)
+def test_no_backward_runs_below_the_lowest_part_that_trains(kind, bottom):
+    model, ids = MODELS[kind](), tokens()
+    freeze_only(model, ["embedding"])
+    architecture_of(model.config).blocks_of(model)[:bottom].requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "layers" not in name and ".h." not in name and "head" not in name:
+            parameter.requires_grad_(False)
+    whole = cost.training_flops(model.config, ids.shape[1])
+    stated = cost.training_flops_of(model, ids.shape[1])
+    assert counted(model, ids) == pytest.approx(stated, rel=1e-9)
+    assert stated < 0.9 * whole
 
 
 def test_forward_flops_are_the_papers_formula():

@@ -1,8 +1,9 @@
-"""What a model costs, from its configuration alone: parameters, FLOPs, bytes. For any architecture in the table."""
+"""What a model costs: parameters, FLOPs, bytes, of any architecture in the table; mostly from a configuration alone."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from .growth.architectures import architecture_of, group_names, places, token_groups
+from .growth.neurons import GroupedLinear
 from .growth.state import read_map
 
 
@@ -54,14 +56,59 @@ def forward_flops(config: Any, context: int) -> float:
     2N + 4·layers·width·context (paper, table 3), N including the output head, width that of all attention heads;
     attention counted without the causal half, norms and activations not at all.
     """
+    return 2.0 * matrix_parameters(config) + config.num_hidden_layers * _attention_flops(config, context)
+
+
+def training_flops(config: Any, context: int) -> float:
+    """FLOPs per text token of forward and backward where all of a model trains: three forward passes."""
+    return 3.0 * forward_flops(config, context)
+
+
+def training_flops_of(model: Any, context: int) -> float:
+    """FLOPs per text token of forward and backward of a model in memory, whose frozen parts may save some.
+
+    Every map multiplies once forward, once for the gradient of its weight where that trains, and once for the gradient
+    of its input where anything below it trains. Which inputs those are is seen in a pass over one text token.
+    """
+    row, config = architecture_of(model.config), model.config
+    blocks = row.blocks_of(model)
+    grouped: list[Any] = [m for m in model.modules() if isinstance(m, GroupedLinear)]
+    within = {inner for m in grouped for inner in m.groups.values()}
+    plain: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m not in within]
+    mixers = [block.get_submodule(row.last[0]) for block in blocks]
+    reached = _reached(model, {*grouped, *plain, *mixers})
+    weights = [(m.weight, m in reached) for m in plain]
+    weights += [(inner.weight, m in reached) for m in grouped for inner in m.groups.values()]
+    products = sum(weight.numel() * (1 + weight.requires_grad + below) for weight, below in weights)
+    attention = _attention_flops(config, context)
+    return 2.0 * products + sum(attention * (3 if mixer in reached else 1) for mixer in mixers)
+
+
+def _reached(model: nn.Module, modules: Collection[nn.Module]) -> set[nn.Module]:
+    """Return those of `modules` whose input depends on something that trains."""
+    reached: set[nn.Module] = set()
+
+    def look(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if arguments[0].requires_grad:
+            reached.add(module)
+
+    hooks = [module.register_forward_pre_hook(look) for module in modules]
+    training = model.training
+    try:
+        with torch.enable_grad():
+            model.eval()(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return reached
+
+
+def _attention_flops(config: Any, context: int) -> float:
+    """FLOPs per text token of one block's scores, and of its sums of values."""
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 2.0 * matrix_parameters(config) + 4.0 * config.num_hidden_layers * width * context
-
-
-def training_flops(config: Any, context: int, *, frozen_parameters: int = 0) -> float:
-    """FLOPs per text token of forward and backward: three forward passes, less the frozen weights' gradients."""
-    return 3.0 * forward_flops(config, context) - 2.0 * frozen_parameters
+    return 4.0 * width * context
 
 
 def training_bytes(config: Any) -> int:

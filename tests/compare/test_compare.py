@@ -18,7 +18,7 @@ from tokenformer.compare.results import Results, read_results
 from tokenformer.compare.run import compare, load_text, rehearse
 from tokenformer.errors import CheckpointError, DataError, EvaluationError, GrowthError, RecipeError
 from tokenformer.growth.freeze import freeze_only
-from tokenformer.training.recipe import parse_recipe
+from tokenformer.training.recipe import TrainingSection
 
 TEXT = {"text_sha256": "a"}
 
@@ -229,13 +229,12 @@ def test_cosine_is_one_a_stage_and_constant_never_falls(content):
 
 
 @pytest.mark.parametrize("family", ["paper", "ffn"])
-@pytest.mark.parametrize("frozen", [[], ["base"]])
+@pytest.mark.parametrize("frozen", [[], ["base"], ["embedding"], ["base", "embedding", "linear_maps"]])
 def test_counted_flops_are_those_of_the_formula(family, frozen):
     model = tiny(family)
     grow(model, ffn_param_tokens="+32", num_hidden_layers="+1")
     freeze_only(model, frozen)
-    without = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    stated = cost.training_flops(model.config, 48, frozen_parameters=without)
+    stated = cost.training_flops_of(model, 48)
     assert counted_flops(model, 48) == pytest.approx(stated, rel=1e-9)
     assert model.config._attn_implementation == "sdpa"
     assert all(p.grad is None for p in model.parameters())
@@ -257,7 +256,7 @@ def test_counted_flops_hold_after_every_way_to_grow(method):
 def test_a_planted_miscount_is_caught(monkeypatch):
     """A formula that forgets token-token attention, or a model with a map that it does not know of."""
     model = tiny("ffn")
-    monkeypatch.setattr(cost, "training_flops", lambda config, context, **_: 6.0 * cost.matrix_parameters(config))
+    monkeypatch.setattr(cost, "training_flops_of", lambda model, context: 6.0 * cost.matrix_parameters(model.config))
     with pytest.raises(EvaluationError, match=r"torch counts [\d,]+ a text token, tokenformer.cost [\d,]+"):
         counted_flops(model, 48)
     monkeypatch.undo()
@@ -268,11 +267,11 @@ def test_a_planted_miscount_is_caught(monkeypatch):
 
 
 def test_units_of_a_budget():
-    model, recipe = tiny("ffn"), training_recipe()
-    assert cost_per_step(model, recipe, "text_tokens") == 128
+    model, training = tiny("ffn"), training_section()
+    assert cost_per_step(model, training, "text_tokens") == 128
     stated = 128 * cost.training_flops(model.config, 32)
-    assert cost_per_step(model, recipe, "training_flops") == pytest.approx(stated)
-    assert 1e-5 < cost_per_step(model, recipe, "seconds") < 10
+    assert cost_per_step(model, training, "training_flops") == pytest.approx(stated)
+    assert 1e-5 < cost_per_step(model, training, "seconds") < 10
     assert [steps_within(100, spent, 7) for spent in (0, 93, 99, 200)] == [14, 1, 0, 0]
 
 
@@ -282,14 +281,14 @@ def test_what_muon_multiplies_counts():
     before = {name: p.clone() for name, p in model.named_parameters()}
     blocks = [p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
     expected = sum(5 * 2 * (2 * min(p.shape) ** 2 * max(p.shape) + min(p.shape) ** 3) for p in blocks)
-    assert optimizer_flops(model, training_recipe(optimizer="muon")) == expected
-    assert optimizer_flops(model, training_recipe()) == 0
+    assert optimizer_flops(model, training_section(optimizer="muon")) == expected
+    assert optimizer_flops(model, training_section()) == 0
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def training_recipe(**training):
+def training_section(**training):
     content = {"batch_size": 4, "sequence_length": 32, **training}
-    return parse_recipe({"model": {}, "data": {"source": "x"}, "training": content, "stages": [{"text_tokens": 128}]})
+    return TrainingSection(**content)
 
 
 # --- Text ----------------------------------------------------------------------------------------------------------

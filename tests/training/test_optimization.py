@@ -66,7 +66,7 @@ def in_blocks(name, parameter):
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else(make):
     model = make()
     twin = copy.deepcopy(model)
-    take_steps(model, make_optimizer(model, recipe_of(), {}))
+    take_steps(model, make_optimizer(model, recipe_of().training, {}))
     parameters = dict(twin.named_parameters())
     matrices = [p for name, p in parameters.items() if in_blocks(name, p)]
     others = [p for name, p in parameters.items() if not in_blocks(name, p)]
@@ -84,7 +84,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else(make):
 def test_one_optimizer_is_enough_where_the_other_has_nothing_to_train(frozen, kind):
     model = tiny()
     freeze_only(model, frozen)
-    optimizer = make_optimizer(model, recipe_of(), {})
+    optimizer = make_optimizer(model, recipe_of().training, {})
     assert type(optimizer) is kind
     take_steps(model, optimizer)
 
@@ -98,12 +98,12 @@ def test_an_older_torch_is_named(monkeypatch):
 
 def test_a_state_dict_carries_the_optimizer_over():
     model = tiny()
-    optimizer = make_optimizer(model, recipe_of(), {})
+    optimizer = make_optimizer(model, recipe_of().training, {})
     take_steps(model, optimizer)
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     twin = copy.deepcopy(model)
-    other = make_optimizer(twin, recipe_of(), {})
+    other = make_optimizer(twin, recipe_of().training, {})
     other.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     take_steps(model, optimizer, seed=1)
     take_steps(twin, other, seed=1)
@@ -113,25 +113,25 @@ def test_a_state_dict_carries_the_optimizer_over():
 @pytest.mark.parametrize(("earlier", "later"), [("adamw", "muon"), ("muon", "adamw"), ("muon", "muon")])
 def test_a_parameter_keeps_the_state_of_its_own_optimizer_alone(earlier, later):
     model = tiny()
-    first = make_optimizer(model, recipe_of(earlier), {})
+    first = make_optimizer(model, recipe_of(earlier).training, {})
     take_steps(model, first)
     states = named(model, first)
-    kept = named(model, make_optimizer(model, recipe_of(later), states))
+    kept = named(model, make_optimizer(model, recipe_of(later).training, states))
     matrices = {name for name, p in model.named_parameters() if in_blocks(name, p)}
     assert kept.keys() == (states.keys() if earlier == later else states.keys() - matrices)
     for name, state in kept.items():
         assert state.keys() == (MUON if name in matrices else ADAMW) and equal(state, states[name])
         assert all(tensor is not states[name][key] for key, tensor in state.items())
-    assert not named(model, make_optimizer(model, recipe_of(earlier, keep_optimizer_state=False), states))
+    assert not named(model, make_optimizer(model, recipe_of(earlier, keep_optimizer_state=False).training, states))
 
 
 def test_growing_keeps_momentum_and_new_tokens_start_without():
     model = tiny("ffn")
-    optimizer = make_optimizer(model, recipe_of(), {})
+    optimizer = make_optimizer(model, recipe_of().training, {})
     take_steps(model, optimizer)
     before = {p: state["momentum_buffer"] for p, state in optimizer.state.items() if "momentum_buffer" in state}
     states = grow_with_states(model, named(model, optimizer), ffn_param_tokens="+8", num_hidden_layers="+1")
-    grown = make_optimizer(model, recipe_of(), states)
+    grown = make_optimizer(model, recipe_of().training, states)
     after = {p: state["momentum_buffer"] for p, state in grown.state.items() if "momentum_buffer" in state}
     assert before.keys() == after.keys() and all(torch.equal(before[p], after[p]) for p in before)
     take_steps(model, grown)
@@ -142,7 +142,7 @@ def test_states_move_with_their_tokens_also_where_two_optimizers_trained_them(el
     model, states = tiny(**BIASED), {}
     grow(model, ffn_param_tokens="+48", name="more")
     for kind, part in ((elder, ""), ("muon", ".more.")):
-        optimizer = make_optimizer(model, recipe_of(kind), {})
+        optimizer = make_optimizer(model, recipe_of(kind).training, {})
         take_steps(model, optimizer)
         states |= {name: state for name, state in named(model, optimizer).items() if part in name}
     rest = {name for name in states if ".more." not in name}
@@ -163,7 +163,7 @@ def test_states_move_with_their_tokens_also_where_two_optimizers_trained_them(el
             assert torch.equal(new, theirs[moment]) if moment in theirs else not new.any()
     apply(model, operation)
     for kind in ("muon", elder):
-        optimizer = make_optimizer(model, recipe_of(kind), moved)
+        optimizer = make_optimizer(model, recipe_of(kind).training, moved)
         assert named(model, optimizer).keys() >= {name for name in rest if ".mlp." in name}
         take_steps(model, optimizer)
 

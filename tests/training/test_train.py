@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from tokenformer.checkpoints.checkpoint import load_checkpoint, read_config
 from tokenformer.checkpoints.optimizer import OPTIMIZER_FILE
 from tokenformer.checkpoints.verify import verify_checkpoint
-from tokenformer.cost import training_flops
+from tokenformer.cost import training_flops_of
 from tokenformer.errors import CheckpointError, DataError, GrowthError, RecipeError, TokenizerError
+from tokenformer.growth.freeze import freeze_only
 from tokenformer.training.log import read_log
 from tokenformer.training.optimization import learning_rate, steps_of
 from tokenformer.training.recipe import parse_recipe
@@ -100,8 +101,8 @@ def test_stages_grow_the_model_and_the_lineage_adds_up(finished, content):
         model, tokenizer, lineage = load_checkpoint(checkpoint)
         configs.append(model.config)
         assert lineage.last.text_tokens_seen == (i + 1) * 11 * 4 * 32 and len(tokenizer) == 257
-        frozen = sum(p.numel() for n, p in model.named_parameters() if i == 2 and is_frozen(n, model.config))
-        costs += 11 * 4 * 32 * training_flops(model.config, 32, frozen_parameters=frozen)
+        freeze_only(model, ["base", "embedding"] if i == 2 else [])
+        costs += 11 * 4 * 32 * training_flops_of(model, 32)
         assert lineage.last.training_flops == pytest.approx(costs)
         assert lineage.last.recipe == parse_recipe(content).model_dump(exclude_unset=True)
     assert [c.ffn_param_tokens for c in configs] == [32, 48, 48]

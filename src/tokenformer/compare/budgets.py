@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import cost
 from ..errors import EvaluationError
 from ..training.optimization import make_optimizer
-from ..training.recipe import Recipe
+from ..training.recipe import TrainingSection
 from .recipe import Unit
 
 # Between the counter and the formula; both count matrix products only, so that they differ by rounding alone.
@@ -28,7 +28,7 @@ def counted_flops(model: Any, context: int) -> float:
     unknown to the counter, and fused ones compute scores twice, which is no work of the model's.
 
     Raises:
-        EvaluationError: `cost.training_flops` says otherwise; one of the two is wrong, and no budget would be equal.
+        EvaluationError: `cost.training_flops_of` says otherwise; one of the two is wrong, and no budget would be equal.
     """
     attention = model.config._attn_implementation
     ids = torch.zeros(1, context, dtype=torch.long, device=next(model.parameters()).device)
@@ -38,8 +38,7 @@ def counted_flops(model: Any, context: int) -> float:
     model.set_attn_implementation(attention)
     model.zero_grad(set_to_none=True)
     counted = counter.get_total_flops() / context
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    stated = cost.training_flops(model.config, context, frozen_parameters=frozen)
+    stated = cost.training_flops_of(model, context)
     if abs(counted - stated) > TOLERANCE * stated:
         raise EvaluationError(
             f"the FLOPs of this {model.config.model_type!r} model cannot be trusted: torch counts {counted:,.0f} a "
@@ -48,35 +47,35 @@ def counted_flops(model: Any, context: int) -> float:
     return counted
 
 
-def optimizer_flops(model: Any, recipe: Recipe) -> float:
+def optimizer_flops(model: Any, training: TrainingSection) -> float:
     """Count the FLOPs of the matrix products in one optimizer step: none of AdamW's, many of Muon's."""
-    if recipe.training.optimizer == "adamw":
+    if training.optimizer == "adamw":
         return 0.0
     twin = copy.deepcopy(model)
     for parameter in twin.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizer = make_optimizer(twin, recipe, {})
+    optimizer = make_optimizer(twin, training, {})
     with FlopCounterMode(display=False) as counter:
         optimizer.step()
     return counter.get_total_flops()
 
 
-def flops_per_step(model: Any, recipe: Recipe) -> float:
+def flops_per_step(model: Any, training: TrainingSection) -> float:
     """Count the FLOPs of a training step: forward, backward, and what the optimizer multiplies."""
-    text_tokens = recipe.training.batch_size * recipe.training.sequence_length
-    return text_tokens * counted_flops(model, recipe.training.sequence_length) + optimizer_flops(model, recipe)
+    text_tokens = training.batch_size * training.sequence_length
+    return text_tokens * counted_flops(model, training.sequence_length) + optimizer_flops(model, training)
 
 
-def cost_per_step(model: Any, recipe: Recipe, unit: Unit) -> float:
+def cost_per_step(model: Any, training: TrainingSection, unit: Unit) -> float:
     """Return what a training step costs, in `unit`.
 
     Seconds are the median of ten steps' forward and backward passes, timed now.
     """
-    batch_size, context = recipe.training.batch_size, recipe.training.sequence_length
+    batch_size, context = training.batch_size, training.sequence_length
     if unit == "text_tokens":
         return batch_size * context
     if unit == "training_flops":
-        return flops_per_step(model, recipe)
+        return flops_per_step(model, training)
     ids = torch.zeros(batch_size, context, dtype=torch.long, device=next(model.parameters()).device)
     times = []
     for _ in range(_TIMED_STEPS):

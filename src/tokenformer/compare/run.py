@@ -31,7 +31,7 @@ from ..data.text import TextData, prepare
 from ..errors import DataError, GrowthError, RecipeError, TokenformerError
 from ..growth.freeze import freeze_only
 from ..quiet import quiet_libraries
-from ..training.stage import unfinished
+from ..training.partial import unfinished
 from .arms import Run, Segment, arm_config, final_runs, segments, tuning_runs
 from .methods import grow_by
 from .recipe import CompareRecipe

@@ -16,15 +16,17 @@ from transformers import AutoModelForCausalLM
 from .. import cost
 from ..batches import batches
 from ..checkpoints.checkpoint import load_checkpoint
+from ..checkpoints.files import replacing_file
 from ..checkpoints.lineage import Lineage
 from ..checkpoints.optimizer import OptimizerState, load_states
 from ..data.text import TextData
-from ..evaluation import Evaluation, evaluate
+from ..evaluation import Evaluation
 from ..growth.freeze import freeze_only
-from ..training.log import Log, read_log
-from ..training.preparation import use_bfloat16
-from ..training.recipe import ModelSection, Recipe, Stage, TrainingSection
-from ..training.stage import StageRun
+from ..training.log import Log, finite, read_log
+from ..training.recipe import TrainingSection
+from ..training.settings import StageSettings
+from ..training.stage import run_stage
+from ..training.watch import validate
 from .arms import Segment, arm_config
 from .budgets import cost_per_step, flops_per_step, steps_within
 from .methods import grow_by
@@ -64,20 +66,16 @@ def train_segment(segment: Segment, parent: Line | None, text: Text, folder: Pat
         growth |= {field: before[field] for field in ("training_flops", "text_tokens", "seconds")}
         lineage = lineage.then("grow", arguments={"method": growth["method"], **segment.growth.amounts})
     freeze_only(model, list(segment.frozen))
-    recipe = _stage_recipe(segment, training, done=before["text_tokens"], steps=1)
-    per_step = _per_step(segment, model, recipe, place)
-    flops = flops_per_step(model, recipe)
+    per_step = _per_step(segment, model, training, place)
+    flops = flops_per_step(model, training)
     steps = max(1, steps_within(segment.end, before["spent"], per_step))
-    recipe = _stage_recipe(segment, training, done=before["text_tokens"], steps=steps)
-    stage = StageRun(
-        recipe,
-        len(recipe.stages) - 1,
+    trained = run_stage(
+        stage_settings(segment, training, done=before["text_tokens"], steps=steps, per_step=per_step),
+        lambda: (model, states, lineage),
         text.report,
         Log(place / "log.jsonl", on_event=lambda event: None, enabled=True),
-        rate=partial(segment.rate, steps=steps, per_step=per_step),
+        place / "checkpoint",
     )
-    parameters = cost.parameters(model.config)
-    stage.run(lambda: (model, states, lineage), place / "checkpoint")
     events = read_log(place)
     curve = [_point(event, before, flops) for event in events if event["event"] == "evaluation"]
     return {
@@ -91,12 +89,12 @@ def train_segment(segment: Segment, parent: Line | None, text: Text, folder: Pat
         "until": segment.end,
         "steps": steps,
         "spent": before["spent"] + steps * per_step,
-        "parameters": parameters,
+        "parameters": cost.parameters(trained.config),
         **_point(next(event for event in reversed(events) if event["event"] == "end"), before, flops),
-        "tuning_bits_per_byte": _finite(_evaluate(stage.model, text.tuning, training).bits_per_byte),
+        "tuning_bits_per_byte": finite(_evaluate(trained, text.tuning, training).bits_per_byte),
         "growth": growth,
         "curve": curve,
-        "config": model.config.to_diff_dict(),
+        "config": trained.config.to_diff_dict(),
     }
 
 
@@ -140,44 +138,51 @@ def _grow(
             "method": segment.growth.method,
             "parameters_before": parameters,
             "parameters_after": cost.parameters(model.config),
-            "bits_per_byte_before": _finite(before.bits_per_byte),
-            "bits_per_byte_after": _finite(after.bits_per_byte),
+            "bits_per_byte_before": finite(before.bits_per_byte),
+            "bits_per_byte_after": finite(after.bits_per_byte),
             "logits_equal": equal,
         },
     )
 
 
-def _per_step(segment: Segment, model: Any, recipe: Recipe, place: Path) -> float:
+def stage_settings(
+    segment: Segment, training: TrainingSection, *, done: int, steps: int, per_step: float
+) -> StageSettings:
+    """Say a segment as a stage, after `done` text tokens; `train_segment` has grown its model and frozen parts of it.
+
+    Args:
+        segment: what to train.
+        training: how its arm trains.
+        done: text tokens that the segments before it have read.
+        steps: optimizer steps.
+        per_step: what each costs, in the recipe's unit.
+    """
+    length = training.sequence_length
+    return StageSettings(
+        # Whether growth resets the optimizer was decided before; between other segments nothing is lost.
+        training=training.model_copy(update={"keep_optimizer_state": True}),
+        steps=steps,
+        rate=partial(segment.rate, steps=steps, per_step=per_step),
+        seed=segment.seed,
+        skipped=training.batch_size * math.ceil(done / (training.batch_size * length)),
+        frozen=list(segment.frozen),
+        arguments={"arm": segment.arm, "segment": segment.id, "training": training.model_dump(exclude_unset=True)},
+    )
+
+
+def _per_step(segment: Segment, model: Any, training: TrainingSection, place: Path) -> float:
     """Return what a step costs; a measured time is kept, so that resuming cuts the segment alike."""
     kept = place / "per_step.json"
     if kept.exists():
-        return json.loads(kept.read_text())
-    found = cost_per_step(model, recipe, segment.recipe.equal)
-    kept.write_text(json.dumps(found))
+        return json.loads(kept.read_text(encoding="utf-8"))
+    found = cost_per_step(model, training, segment.recipe.equal)
+    with replacing_file(kept) as file:
+        file.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
-def _stage_recipe(segment: Segment, training: TrainingSection, *, done: int, steps: int) -> Recipe:
-    """Say the segment as a stage of a training recipe, after one that saw the text so far."""
-    before = [Stage(text_tokens=done)] if done else []
-    step = training.batch_size * training.sequence_length
-    stage = Stage(text_tokens=steps * step, frozen=list(segment.frozen))
-    # Whether growth resets the optimizer was decided above; between other segments nothing is lost.
-    training = training.model_copy(update={"keep_optimizer_state": True})
-    return Recipe(
-        model=ModelSection(), data=segment.recipe.data, training=training, stages=[*before, stage], seed=segment.seed
-    )
-
-
 def _evaluate(model: Any, data: TextData, training: TrainingSection) -> Evaluation:
-    device = torch.accelerator.current_accelerator() or "cpu"
-    return evaluate(
-        model.to(device),
-        data.validation_blocks,
-        num_bytes=data.validation_bytes,
-        batch_size=training.micro_batch_size or 16,
-        dtype=torch.bfloat16 if use_bfloat16(training.precision) else None,
-    )
+    return validate(model.to(torch.accelerator.current_accelerator() or "cpu"), data, training)
 
 
 def _point(event: Line, before: Line, flops_per_step: float) -> Line:
@@ -185,11 +190,6 @@ def _point(event: Line, before: Line, flops_per_step: float) -> Line:
         "training_flops": before["training_flops"] + event["step"] * flops_per_step,
         "text_tokens": event["text_tokens_seen"],
         "seconds": event["seconds"],
-        "loss": _finite(event["loss"]),
-        "bits_per_byte": _finite(event["bits_per_byte"]),
+        "loss": finite(event["loss"]),
+        "bits_per_byte": finite(event["bits_per_byte"]),
     }
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no number for what a diverged run measures."""
-    return value if math.isfinite(value) else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.files import disk_errors
+from ..checkpoints.files import disk_errors, replacing_file
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -16,12 +17,17 @@ OnEvent = Callable[[dict[str, Any]], None]
 def read_log(run: str | Path) -> list[dict[str, Any]]:
     """Return the events of a run; a last line cut short by a kill is left out."""
     events = []
-    for line in (Path(run) / "log.jsonl").read_text().splitlines():
+    for line in (Path(run) / "log.jsonl").read_text(encoding="utf-8").splitlines():
         try:
             events.append(json.loads(line))
         except json.JSONDecodeError:
             break
     return events
+
+
+def finite(value: float | None) -> float | None:
+    """Return a measured value, or None where it has diverged: JSON has no number for that."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass
@@ -35,8 +41,8 @@ class Log:
     def write(self, event: dict[str, Any]) -> None:
         """Append one event."""
         if self.enabled:
-            with disk_errors(self.path), self.path.open("a") as stream:
-                stream.write(json.dumps(event) + "\n")
+            with disk_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(event, allow_nan=False) + "\n")
         self.on_event(event)
 
     def rewind(self, stage: int, step: int) -> dict[str, Any]:
@@ -47,8 +53,6 @@ class Log:
         if step == 0:
             kept = [e for e in kept if e.get("stage", 0) < stage]
         if self.enabled:
-            temporary = self.path.with_suffix(".tmp")
-            with disk_errors(self.path):
-                temporary.write_text("".join(json.dumps(e) + "\n" for e in kept))
-                temporary.replace(self.path)
+            with replacing_file(self.path, force=True) as file:
+                file.write_text("".join(json.dumps(e, allow_nan=False) + "\n" for e in kept), encoding="utf-8")
         return next((e for e in reversed(kept) if "seconds" in e), {})

@@ -13,7 +13,7 @@ from ..growth.architectures import architecture_of
 from ..growth.grow import grow
 from ..growth.neurons import group_neurons
 from ..models.pattention import BASE_GROUP
-from .recipe import Recipe, Stage
+from .recipe import Recipe, Stage, TrainingSection
 
 
 def steps_of(stage: Stage, recipe: Recipe) -> int:
@@ -88,12 +88,11 @@ class CombinedOptimizer(torch.optim.Optimizer):
         return loss
 
 
-def make_optimizer(model: Any, recipe: Recipe, states: OptimizerState) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer over what trains, each parameter with the state it had in an earlier stage.
+def make_optimizer(model: Any, t: TrainingSection, states: OptimizerState) -> torch.optim.Optimizer:
+    """Return the optimizer of a `training` section over what trains, each parameter with its state of an earlier stage.
 
     A parameter starts afresh where it had none, where that was another optimizer's, and where the recipe says so.
     """
-    t = recipe.training
     training = {name: p for name, p in model.named_parameters() if p.requires_grad}
     blocks = architecture_of(model.config).blocks_of(model)
     matrices = {p for p in blocks.parameters() if p.dim() == 2} if t.optimizer == "muon" else set()

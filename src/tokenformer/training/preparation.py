@@ -23,7 +23,7 @@ from ..errors import CheckpointError, GrowthError, RecipeError, TokenizerError
 from ..growth.freeze import freeze_only
 from ..growth.grow import grow
 from ..models.configuration_tokenformer import TokenformerConfig
-from .recipe import Recipe, Stage, parse_recipe
+from .recipe import Recipe, TrainingSection, parse_recipe
 
 # Fields of TrainingArguments that do nothing beside our optimizer, schedule and validation; those that break resuming.
 _DECIDED = ("learning_rate", "lr_", "optim", "weight_decay", "adam_", "warmup_", "num_train_epochs", "eval_", "save_")
@@ -96,7 +96,7 @@ def prepare_run(recipe: Recipe, run: Path) -> TextData:
             f"training.sequence_length is {length}, more than the {config.max_position_embeddings} text tokens that "
             f"the model in {initial} can read"
         )
-    training_arguments(recipe, run, steps=1)
+    training_arguments(recipe.training, run, steps=1, seed=recipe.seed)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config or first_config(recipe, data))
         for i, stage in enumerate(recipe.stages):
@@ -106,7 +106,7 @@ def prepare_run(recipe: Recipe, run: Path) -> TextData:
             except GrowthError as error:
                 raise GrowthError(f"stages.{i}: {error}") from error
             try:
-                freeze_only(model, frozen_parts(stage, model.config))
+                freeze_only(model, frozen_parts(stage.frozen, model.config))
             except GrowthError as error:
                 raise RecipeError(f"stages.{i}: {error}") from error
             if stage.nested_dropout is not None and model.config.model_type != "tokenformer":
@@ -114,9 +114,9 @@ def prepare_run(recipe: Recipe, run: Path) -> TextData:
     return data
 
 
-def frozen_parts(stage: Stage, config: Any) -> list[str]:
+def frozen_parts(frozen: list[str] | None, config: Any) -> list[str]:
     """Return what a stage freezes: what it says, or else what the checkpoint has frozen."""
-    return stage.frozen if stage.frozen is not None else list(getattr(config, "frozen", None) or [])
+    return frozen if frozen is not None else list(getattr(config, "frozen", None) or [])
 
 
 def first_config(recipe: Recipe, data: TextData) -> TokenformerConfig:
@@ -129,13 +129,12 @@ def first_config(recipe: Recipe, data: TextData) -> TokenformerConfig:
     )
 
 
-def training_arguments(recipe: Recipe, output: Path, *, steps: int) -> TrainingArguments:
-    """Return the recipe in the Trainer's words.
+def training_arguments(t: TrainingSection, output: Path, *, steps: int, seed: int) -> TrainingArguments:
+    """Return a `training` section in the Trainer's words.
 
     Raises:
         RecipeError: batches that do not divide, or `training_arguments` that are unknown or decided elsewhere.
     """
-    t = recipe.training
     count = processes().num_processes
     micro = t.micro_batch_size or max(1, t.batch_size // count)
     if t.batch_size % (micro * count):
@@ -155,12 +154,13 @@ def training_arguments(recipe: Recipe, output: Path, *, steps: int) -> TrainingA
         "save_steps": t.save_every,
         "save_total_limit": 2,
         "logging_steps": t.log_every,
+        "logging_nan_inf_filter": False,  # it would log a loss that diverged as 0
         "report_to": t.report_to,
         "train_sampling_strategy": "sequential",
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
-        "seed": recipe.seed,
+        "seed": seed,
     }
     taken = sorted(name for name in t.training_arguments if name in ours or name.startswith(_DECIDED + _BREAKING))
     if taken:

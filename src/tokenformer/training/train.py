@@ -22,9 +22,11 @@ from ..data.text import TextData
 from ..errors import CheckpointError, DataError
 from ..models.modeling_tokenformer import TokenformerForCausalLM
 from .log import Log, OnEvent, read_log
+from .partial import unfinished
 from .preparation import check_resumable, first_config, new_run, prepare_run, processes
 from .recipe import Recipe, load_recipe, parse_recipe
-from .stage import StageRun, stage_seed, unfinished
+from .settings import stage_settings
+from .stage import run_stage
 
 
 def train(
@@ -79,8 +81,9 @@ def train(
         checkpoint = run / f"stage{index + 1}"
         if not checkpoint.exists():
             previous = checkpoints[-1] if checkpoints else recipe.model.checkpoint
-            start = partial(_start, recipe, index, data, previous)
-            StageRun(recipe, index, data, log).run(start, checkpoint)
+            settings = stage_settings(recipe, index)
+            start = partial(_start, recipe, settings.weights_seed, data, previous)
+            run_stage(settings, start, data, log, checkpoint)
         if main_process:
             shutil.rmtree(unfinished(checkpoint), ignore_errors=True)
         checkpoints.append(checkpoint)
@@ -88,10 +91,10 @@ def train(
 
 
 def _start(
-    recipe: Recipe, index: int, data: TextData, previous: str | Path | None
+    recipe: Recipe, seed: int, data: TextData, previous: str | Path | None
 ) -> tuple[Any, OptimizerState, Lineage]:
     """Build what a stage starts from, out of files and seeds alone."""
-    torch.manual_seed(stage_seed(recipe, index))
+    torch.manual_seed(seed)
     if previous is None:
         return TokenformerForCausalLM(first_config(recipe, data)), {}, Lineage()
     model, _, lineage = load_checkpoint(previous, dtype=torch.float32)

@@ -1,0 +1,71 @@
+"""What a stage needs to know in order to train, whoever asks for it: a recipe here, a segment of a comparison there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from .optimization import learning_rate, steps_of
+from .recipe import Recipe, TrainingSection
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """How a stage grows and trains.
+
+    Attributes:
+        training: how to train.
+        steps: optimizer steps.
+        rate: learning rate of each step, from 0.
+        seed: of the order of the text, and of all else that is random in training.
+        skipped: sequences of the one global order of text that earlier stages have read.
+        streaming: the text is a stream.
+        number: of the stage in the log, from 1.
+        growth: keyword arguments for `grow`; empty where the stage does not grow.
+        frozen: what does not train. None: what the checkpoint has frozen.
+        nested_dropout: smallest share of each token group that takes part in a step. None: all always do.
+        weights_seed: of new weights, and of the shares.
+        arguments: what the lineage says was asked for.
+        recipe: the whole recipe, for the lineage.
+    """
+
+    training: TrainingSection
+    steps: int
+    rate: Callable[[int], float]
+    seed: int
+    skipped: int
+    streaming: bool = False
+    number: int = 1
+    growth: dict[str, Any] = field(default_factory=dict)
+    frozen: list[str] | None = None
+    nested_dropout: float | None = None
+    weights_seed: int = 0
+    arguments: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] | None = None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Text tokens in an optimizer step."""
+        return self.training.batch_size * self.training.sequence_length
+
+
+def stage_settings(recipe: Recipe, index: int) -> StageSettings:
+    """Return what stage `index` (from 0) of a recipe says."""
+    stage = recipe.stages[index]
+    return StageSettings(
+        training=recipe.training,
+        steps=steps_of(stage, recipe),
+        rate=partial(learning_rate, recipe, index),
+        seed=recipe.seed,
+        skipped=recipe.training.batch_size * sum(steps_of(s, recipe) for s in recipe.stages[:index]),
+        streaming=recipe.data.streaming,
+        number=index + 1,
+        growth=stage.growth,
+        frozen=stage.frozen,
+        nested_dropout=stage.nested_dropout,
+        weights_seed=recipe.seed * 1000 + index,
+        arguments={"stage": index + 1},
+        recipe=recipe.model_dump(exclude_unset=True),
+    )
