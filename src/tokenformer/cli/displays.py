@@ -53,7 +53,7 @@ class TrainingDisplay:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.losses: dict[str, float] = {}
+        self.losses: dict[str, float | None] = {}
         self.task: TaskID | None = None
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -87,6 +87,19 @@ class TrainingDisplay:
             )
         elif kind == "growth":
             self.console.print(growth_line(event))
+        elif kind == "damaged":
+            self.console.print(
+                f"stage {event['stage']}: a saved state is damaged and was left out ({event['problem']}); continuing "
+                f"from step {event['step']}",
+                markup=False,
+                highlight=False,
+            )
+        elif kind == "diverged":
+            self.console.print(
+                f"stage {event['stage']} has diverged at step {event['step']}: its loss is no number any more. Stop "
+                "it, and try a smaller learning rate",
+                highlight=False,
+            )
         elif kind == "stage":
             self.losses = {}
             self.task = self.bar.add_task(
@@ -98,7 +111,7 @@ class TrainingDisplay:
         elif self.task is not None:
             if kind in ("train", "evaluation"):
                 self.losses["training" if kind == "train" else "validation"] = event["loss"]
-            losses = "  ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items())
+            losses = "  ".join(f"{name} {_loss(loss, 3)}" for name, loss in self.losses.items())
             self.bar.update(self.task, completed=event["step"], losses=f"loss: {losses}" if losses else "")
 
 
@@ -106,6 +119,10 @@ def growth_line(event: dict[str, Any]) -> str:
     """Say what a growth did to the loss and the logits."""
     equal = "bit for bit equal" if event["logits_equal"] else "NOT equal"
     return (
-        f"grown before stage {event['stage']}: validation loss {event['loss_before']:.6f} before, "
-        f"{event['loss_after']:.6f} after; logits {equal}"
+        f"grown before stage {event['stage']}: validation loss {_loss(event['loss_before'], 6)} before, "
+        f"{_loss(event['loss_after'], 6)} after; logits {equal}"
     )
+
+
+def _loss(loss: float | None, digits: int) -> str:
+    return "diverged" if loss is None else f"{loss:.{digits}f}"

@@ -18,6 +18,7 @@ from ..checkpoints.checkpoint import save_checkpoint
 from ..checkpoints.files import disk_errors
 from ..checkpoints.lineage import Lineage
 from ..checkpoints.optimizer import OPTIMIZER_FILE, OptimizerState
+from ..checkpoints.verify import carry_files
 from ..data.blocks import training_order
 from ..data.text import TextData
 from ..growth.architectures import group_names
@@ -32,7 +33,9 @@ from .watch import Watcher, results, validate
 Start = Callable[[], tuple[Any, OptimizerState, Lineage]]
 
 
-def run_stage(settings: StageSettings, start: Start, data: TextData, log: Log, target: Path) -> Any:
+def run_stage(
+    settings: StageSettings, start: Start, data: TextData, log: Log, target: Path, *, parent: str | Path | None = None
+) -> Any:
     """Train what `start` returns, write it to `target`, and return the model.
 
     Args:
@@ -42,6 +45,7 @@ def run_stage(settings: StageSettings, start: Start, data: TextData, log: Log, t
         data: text to train on and to validate on.
         log: of the run.
         target: the checkpoint; while it is unfinished, states to resume from lie beside it.
+        parent: checkpoint that `start` reads, whose licence and other files go along.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
@@ -106,14 +110,14 @@ def run_stage(settings: StageSettings, start: Start, data: TextData, log: Log, t
         **watcher.totals(settings.steps),
         **found,
     )
+
+    def add_files(folder: Path) -> None:
+        torch.save(states, folder / OPTIMIZER_FILE)
+        if parent is not None:
+            carry_files(parent, folder)
+
     if log.enabled:
-        save_checkpoint(
-            target,
-            model.to("cpu"),
-            data.tokenizer,
-            lineage,
-            extra=lambda folder: torch.save(states, folder / OPTIMIZER_FILE),
-        )
+        save_checkpoint(target, model.to("cpu"), data.tokenizer, lineage, extra=add_files)
     processes().wait_for_everyone()
     watcher.emit("end", settings.steps, **found)
     return model

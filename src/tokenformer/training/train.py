@@ -83,7 +83,7 @@ def train(
             previous = checkpoints[-1] if checkpoints else recipe.model.checkpoint
             settings = stage_settings(recipe, index)
             start = partial(_start, recipe, settings.weights_seed, data, previous)
-            run_stage(settings, start, data, log, checkpoint)
+            run_stage(settings, start, data, log, checkpoint, parent=previous)
         if main_process:
             shutil.rmtree(unfinished(checkpoint), ignore_errors=True)
         checkpoints.append(checkpoint)
