@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from tokenformer.checkpoints.lineage import Lineage
 from tokenformer.checkpoints.verify import weights_digest
 from tokenformer.cli import app as cli
-from tokenformer.convert.files import convert_official, convert_to_official
+from tokenformer.convert.files import convert_official, convert_to_official, read_official
 from tokenformer.convert.official import config_from_official, express, official_tensors
 from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.errors import CheckpointError, ConversionError, TokenizerError
@@ -319,6 +320,24 @@ def test_code_in_a_pickle_does_not_run(new_format, tmp_path):
     with pytest.raises(ConversionError, match=r"holds more than tensors \(posix\.mkdir\)"):
         convert_official(weights, config, tmp_path / "ours")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_whatever_is_damaged_in_a_file_is_told_in_a_sentence(new_format, tmp_path):
+    file, dice = tmp_path / "pytorch_model.bin", random.Random(0)
+    tensors = {"a": torch.ones(20), "b": {"c": torch.zeros(3, 4)}}
+    torch.save({"module": tensors}, file, _use_new_zipfile_serialization=new_format)
+    content, refused = file.read_bytes(), 0
+    for _ in range(400):
+        damaged = bytearray(content)
+        for _ in range(3):
+            damaged[dice.randrange(len(damaged))] = dice.randrange(256)
+        file.write_bytes(damaged[: dice.randrange(len(damaged))] if dice.random() < 0.2 else damaged)
+        try:
+            read_official([file])
+        except ConversionError:
+            refused += 1
+    assert refused > 100
 
 
 def half_of(weights):

@@ -52,6 +52,7 @@ def neox(dtype=torch.float32, **changes):
 
 def save(model, folder):
     model.save_pretrained(folder)
+    (folder / "LICENSE").write_text("be kind", encoding="utf-8")
     return folder
 
 
@@ -78,6 +79,7 @@ def test_logits_are_equal_to_rounding(dtype, more, tmp_path):
     theirs, ids = neox(dtype, **more), tokens()
     ours, tokenizer, lineage = converted(theirs, tmp_path)
     assert ours.dtype == dtype and tokenizer is None
+    assert (tmp_path / "ours" / "LICENSE").read_text(encoding="utf-8") == "be kind"
     want = theirs(ids).logits
     assert relative(ours(ids).logits, want) < TOLERANCE[dtype]
     rope = {"rope_type": "default", "rope_theta": more.get("rotary_emb_base", 10000.0)}

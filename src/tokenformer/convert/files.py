@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import zipfile
 from collections.abc import Sequence
@@ -170,7 +169,8 @@ def official_files(weights: str | Path) -> list[Path]:
             )
         return sorted(layers, key=lambda file: int(layers[file][1]))
     latest = path / "latest"
-    steps = [path / latest.read_text().strip()] if latest.is_file() else sorted(path.glob("global_step*"))
+    named = [path / latest.read_text(encoding="utf-8").strip()] if latest.is_file() else None
+    steps = named or sorted(path.glob("global_step*"))
     if len(steps) == 1:
         return official_files(steps[0])
     if steps:
@@ -202,7 +202,7 @@ def read_official(files: Sequence[Path]) -> dict[str, Tensor]:
 def _check_archives(files: Sequence[Path]) -> None:
     """Compare what PyTorch's zip files hold with their own checksums, which torch.load does not."""
     for file in files:
-        if not zipfile.is_zipfile(file):
+        if not _is_zip(file):
             continue
         try:
             with zipfile.ZipFile(file) as archive:
@@ -213,11 +213,19 @@ def _check_archives(files: Sequence[Path]) -> None:
             raise ConversionError(f"cannot read {file}: {damaged} in it does not match its checksum; download it again")
 
 
+def _is_zip(file: Path) -> bool:
+    """Whether a file is a whole zip archive; Python raises on some that only seem to be one."""
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:
+        return False
+
+
 def _load(file: Path) -> dict[str, Any]:
-    whole = zipfile.is_zipfile(file)
+    whole = _is_zip(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=whole or None)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, AttributeError, KeyError) as error:
+    except Exception as error:  # a damaged pickle can fail in as many ways as there are
         with file.open("rb") as stream:
             beginning = stream.read(64)
         code = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))

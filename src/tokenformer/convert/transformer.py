@@ -26,6 +26,7 @@ from ..checkpoints.checkpoint import OnProgress, load_tokenizer, save_checkpoint
 from ..checkpoints.files import check_target
 from ..checkpoints.lineage import Lineage
 from ..checkpoints.rewrite import check_names, open_checkpoint
+from ..checkpoints.verify import carry_files
 from ..errors import ConversionError
 from ..growth.state import check_finite
 from ..models.configuration_tokenformer import TokenformerConfig
@@ -112,7 +113,16 @@ def convert_transformer(
             tensors.update({name: made[name].to(theirs.dtype).contiguous() for name in wanted})
         return tensors
 
-    return save_checkpoint(output, model, tokenizer, lineage, force=force, weights=weights, on_progress=on_progress)
+    return save_checkpoint(
+        output,
+        model,
+        tokenizer,
+        lineage,
+        force=force,
+        extra=lambda folder: carry_files(source, folder),
+        weights=weights,
+        on_progress=on_progress,
+    )
 
 
 def check_expressible(config: Any, *, where: str) -> None:
