@@ -29,7 +29,7 @@ from tokenformer.evaluation import evaluate
 from tokenformer.quiet import quiet_libraries
 
 Line = dict[str, Any]
-# Blocks as `tokenformer.data.pack` makes them, and the UTF-8 bytes of their text.
+# Text blocks as `tokenformer.data.blocks.pack` makes them, and the UTF-8 bytes of their text.
 Packed = tuple[Any, int]
 WARMUP, BETAS, MAX_GRAD_NORM = 0.1, (0.9, 0.95), 1.0
 
@@ -44,7 +44,7 @@ def teach(
 
     Args:
         model: any causal language model that returns a loss.
-        blocks: a dataset of `{"input_ids": [T]}`, as `tokenformer.data.pack` makes it.
+        blocks: a dataset of `{"input_ids": [T]}`, as `tokenformer.data.blocks.pack` makes it.
         steps: optimizer steps.
         batch_size: blocks in each.
         learning_rate: the highest.

@@ -14,7 +14,7 @@ from tokenformer.checkpoints.checkpoint import save_checkpoint
 from tokenformer.checkpoints.lineage import Lineage
 from tokenformer.cli import app as cli
 from tokenformer.data.tokenizer import make_tokenizer, open_tokenizer, vocabulary_size
-from tokenformer.errors import EvaluationError, MissingExtraError, TokenformerError
+from tokenformer.errors import EvaluationError, MissingExtraError, TokenformerError, TokenizerError
 from tokenformer.evaluation import evaluate_tasks, evaluate_text
 
 TEXT = "Shall I compare thee to a summer's day? Thou art more lovely — and more temperate.\n" * 3
@@ -153,7 +153,7 @@ def test_memory_chooses_the_batch_and_not_the_length(
     (tmp_path / "page.txt").write_text(TEXT * 200)
     asked = {}
     monkeypatch.setattr(
-        "tokenformer.evaluate.evaluate", lambda model, blocks, **rest: asked.update(rest, blocks=blocks)
+        "tokenformer.evaluation.evaluate", lambda model, blocks, **rest: asked.update(rest, blocks=blocks)
     )
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context, vocab_size=vocabulary))
     evaluate_text(model, tokenizer, str(tmp_path / "page.txt"))
@@ -174,7 +174,7 @@ def test_ids_beyond_the_embedding_are_refused_however_few_entries_there_are(mode
     tokenizer = open_tokenizer(tmp_path / "tokenizer.json")
     (tmp_path / "page.txt").write_text("abab")
     assert len(tokenizer) <= 257 and vocabulary_size(tokenizer) == 401
-    with pytest.raises(EvaluationError, match=r"tokenizer's ids go up to 400 and the model's embedding has 257 rows"):
+    with pytest.raises(TokenizerError, match=r"needs 401 rows of the model's embedding, which has 257"):
         evaluate_text(model, tokenizer, str(tmp_path / "page.txt"))
 
 

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .batches import batches
+from .checkpoints.checkpoint import check_tokenizer
 from .data.blocks import pack, utf8_bytes
 from .data.sources import load_documents
-from .data.tokenizer import vocabulary_size
 from .errors import EvaluationError, MissingExtraError, first_line
 
 
@@ -87,7 +87,8 @@ def evaluate_text(
         batch_size: text blocks per forward pass. Default: 16, or fewer where their logits would take more than 1 GiB.
 
     Raises:
-        EvaluationError: `block_length` is longer than the model's context, or the tokenizer is not the model's.
+        EvaluationError: `block_length` is longer than the model's context.
+        TokenizerError: an id of the tokenizer has no row in the model's embedding.
         DataError: there is no such text, or it cannot be read.
     """
     config: Any = model.config
@@ -97,11 +98,7 @@ def evaluate_text(
             f"text blocks of {length} text tokens were asked for; the model reads {config.max_position_embeddings} at "
             "most"
         )
-    if vocabulary_size(tokenizer) > config.vocab_size:
-        raise EvaluationError(
-            f"the tokenizer's ids go up to {vocabulary_size(tokenizer) - 1} and the model's embedding has "
-            f"{config.vocab_size} rows; give the tokenizer that it was trained with"
-        )
+    check_tokenizer(tokenizer, config, where="that was given")
     documents = load_documents(source)
     blocks = pack(documents, tokenizer, block_length=length, keep_tail=True)
     batch_size = batch_size or _batch_size(length, config.vocab_size)

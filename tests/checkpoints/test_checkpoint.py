@@ -173,7 +173,9 @@ def test_damage_is_named(saved, file, damage, message):
 def test_a_tokenizer_larger_than_the_embedding(saved):
     shutil.rmtree(saved)
     save_checkpoint(saved, tiny("ffn", vocab_size=200), make_tokenizer("bytes", []), LINEAGE)
-    with pytest.raises(TokenizerError, match="has 257 entries but the model's embedding only 200: they do not belong"):
+    with pytest.raises(
+        TokenizerError, match="needs 257 rows of the model's embedding, which has 200: they do not belong"
+    ):
         load_checkpoint(saved)
 
 

@@ -184,7 +184,7 @@ def test_tokenizer_that_does_not_match_the_model(run, checkpoint, tmp_path):
     _, tokenizer, _ = load_checkpoint(checkpoint)
     save_checkpoint(tmp_path / "c", tiny("ffn"), tokenizer, Lineage())
     code, _, err = run("generate", tmp_path / "c", "hello")
-    assert code == 2 and "tokenizer" in err and "257 entries but the model's embedding only 128" in err
+    assert code == 2 and "tokenizer" in err and "257 rows of the model's embedding, which has 128" in err
 
 
 def test_a_checkpoint_that_is_not_there(run, tmp_path):

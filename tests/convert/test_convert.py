@@ -399,7 +399,7 @@ def test_yaml_that_is_none(content, message, tmp_path):
 def test_a_tokenizer_that_does_not_fit(tmp_path):
     weights, config = write(tmp_path, *golden_case()[:2])
     make_tokenizer("bytes", None).save_pretrained(tmp_path / "bytes")
-    with pytest.raises(TokenizerError, match="has 257 entries but the model's embedding only 128"):
+    with pytest.raises(TokenizerError, match="needs 257 rows of the model's embedding, which has 128"):
         convert_official(weights, config, tmp_path / "ours", tokenizer=tmp_path / "bytes")
     with pytest.raises(TokenizerError, match=r"neither .* a tokenizer\.json"):
         convert_official(weights, config, tmp_path / "ours", tokenizer="no/such")

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import custom_object_save
 
+from ..data.tokenizer import vocabulary_size
 from ..errors import CheckpointError, TokenizerError
 from ..growth.architectures import ARCHITECTURES, architecture_of
 from ..growth.freeze import freeze
@@ -236,10 +237,11 @@ def _bare_tokenizer(file: Path, config: Any) -> PreTrainedTokenizerBase:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, *, where: str) -> None:
-    """Raise TokenizerError if the tokenizer `where` has entries the model has no embedding for."""
-    if len(tokenizer) > config.vocab_size:
+    """Raise TokenizerError if the tokenizer `where` has an id that the model has no embedding for."""
+    needed = vocabulary_size(tokenizer)
+    if needed > config.vocab_size:
         raise TokenizerError(
-            f"the tokenizer {where} has {len(tokenizer)} entries but the model's embedding only {config.vocab_size}: "
+            f"the tokenizer {where} needs {needed} rows of the model's embedding, which has {config.vocab_size}: "
             "they do not belong together; take the tokenizer that the model was trained with"
         )
 

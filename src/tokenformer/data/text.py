@@ -1,4 +1,4 @@
-"""Text in, blocks of text-token ids out: hold-out by document, tokenizers, packing."""
+"""Text in, text blocks out: what is held out, document by document, and what is known of the whole."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def hold_out(documents: Documents, *, fraction: float, max_bytes: int | None) ->
 
 @dataclass(frozen=True)
 class TextData:
-    """Text ready for training: packed blocks, the tokenizer, and `facts` for logs and lineage."""
+    """Text ready for training: text blocks, the tokenizer, and `facts` for logs and lineage."""
 
     train_blocks: Documents
     validation_documents: datasets.Dataset

@@ -101,7 +101,7 @@ def measure(
     Args:
         model: a TokenFormer, or an ordinary transformer with a row in the table of architectures, whose neurons are
             kept by token group from then on.
-        blocks: text blocks `{"input_ids": [T]}` as `data.text_blocks` makes them.
+        blocks: text blocks `{"input_ids": [T]}` as `data.blocks.text_blocks` makes them.
         batch_size: text blocks per forward pass; memory grows with it, not with the length of the text.
         on_batch: called with the text blocks done and the text blocks there are.
 
