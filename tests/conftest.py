@@ -1,5 +1,6 @@
 """Tiny models run faster on one thread than on two, and bit equality is claimed for a fixed number of threads."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,13 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _keep_what_is_imported() -> None:
+    """Trainer collects garbage after every training: a second each time, if it looks at all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

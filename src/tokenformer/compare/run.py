@@ -8,6 +8,7 @@ are the operating system's, so that a killed worker lets go, and the next one re
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import os
 import shutil
@@ -174,6 +175,7 @@ def _worker(rank: int, devices: list[str], content: str, folder: str, arms: list
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[rank % len(devices)]
     quiet_libraries()
+    gc.freeze()  # Trainer collects garbage after every segment: that takes a second if it looks at all imports
     recipe = CompareRecipe.model_validate_json(content)
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
