@@ -81,6 +81,10 @@ def prepared(tmp_path_factory):
         text = recipe.read_text(encoding="utf-8")
         assert "0_000\n" in text and "bytes: 65536" in text
         recipe.write_text(text.replace("0_000\n", "_000\n").replace("bytes: 65536", "bytes: 2048"), encoding="utf-8")
+    recipe = folder / "recipes" / "compare" / "first.yaml"
+    text = recipe.read_text(encoding="utf-8")
+    assert "e+9" in text and "seeds: [0, 1]" in text
+    recipe.write_text(text.replace("e+9", "e+7").replace("seeds: [0, 1]", "seeds: [0]"), encoding="utf-8")
 
     state = {n.removeprefix("case_m."): t for n, t in inputs("M").items() if "sequential" in n}
     tokenizer = make_tokenizer("bytes", None)
