@@ -1,7 +1,7 @@
 """The main job in a few minutes: train a small TokenFormer on Shakespeare, grow it twice, and doubt it.
 
-Trains recipes/demo.yaml, then the same final size from scratch for the same cumulative FLOPs, and shows both: a table,
-samples, a picture. An interrupted demo continues where it stopped.
+Trains recipes/demo.yaml, then, for the same cumulative FLOPs each, the small size it began with and the final size from
+scratch. Shows the three: a table, samples, a picture. An interrupted demo continues where it stopped.
 
     python examples/demo.py                                  everything under runs/demo
     python examples/demo.py --results benchmarks/results     also write demo.jsonl and demo.png there, for the README
@@ -13,17 +13,17 @@ import argparse
 import json
 import math
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 import yaml
 from rich.console import Console
 
 from tokenformer import cost
-from tokenformer.checkpoints.checkpoint import read_config
+from tokenformer.checkpoints.checkpoint import load_checkpoint, read_config
 from tokenformer.checkpoints.verify import verify_checkpoint
 from tokenformer.cli.displays import TrainingDisplay, growth_line
 from tokenformer.cli.tables import stage_table
@@ -37,9 +37,9 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 PROMPT = "ROMEO"
 
 
-def scratch_recipe(grown: Recipe, final: Path) -> Recipe:
-    """Return the recipe that spends the FLOPs of `final` on a model of its size from the first step on."""
-    config, spent = read_config(final), verify_checkpoint(final).last.training_flops
+def rival_recipe(grown: Recipe, size: Path, final: Path) -> Recipe:
+    """Return the recipe that spends the FLOPs of `final` on a model of the size of `size` that never grows."""
+    config, spent = read_config(size), verify_checkpoint(final).last.training_flops
     content = grown.model_dump(exclude_unset=True)
     sizes = ("qkv_param_tokens", "output_param_tokens", "ffn_param_tokens", "num_hidden_layers")
     content["model"] |= {field: getattr(config, field) for field in sizes}
@@ -99,14 +99,17 @@ def write_results(runs: dict[str, list[Path]], target: Path) -> None:
         growths = [e for e in read_log(checkpoints[0].parent) if e["event"] == "growth"]
         keys = ("event", "stage", "loss_before", "loss_after", "logits_equal")
         lines += [{key: e[key] for key in keys} for e in growths]
-    target.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    target.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def sample(checkpoint: Path) -> str:
-    """Let the command line write some text."""
-    command = [sys.executable, "-m", "tokenformer", "generate", str(checkpoint), PROMPT]
-    options = ["--max-new-tokens", "60", "--seed", "0"]
-    return subprocess.run(command + options, capture_output=True, text=True, check=True).stdout.strip()
+    """Let a checkpoint continue the prompt."""
+    model, tokenizer, _ = load_checkpoint(checkpoint)
+    torch.manual_seed(0)
+    prompt = tokenizer(f"{tokenizer.eos_token}{PROMPT}", return_tensors="pt")
+    sampling = {"do_sample": True, "temperature": 0.8, "top_k": 50, "pad_token_id": tokenizer.eos_token_id}
+    written = model.generate(**prompt, max_new_tokens=60, **sampling)
+    return str(tokenizer.decode(written[0], skip_special_tokens=True)).strip()
 
 
 def main() -> None:
@@ -119,16 +122,18 @@ def main() -> None:
     quiet_libraries()
     console = Console()
     recipe = load_recipe(arguments.recipe)
-    folders = {"grown": arguments.output / "grown", "scratch": arguments.output / "scratch"}
+    folders = {name: arguments.output / name for name in ("grown", "small", "scratch")}
 
     console.rule("grown: train, grow, train on, grow, train on")
     grown = run(recipe, folders["grown"], console)
+    console.rule("small: the first size, never grown, for the same cumulative FLOPs")
+    small = run(rival_recipe(recipe, grown[0], grown[-1]), folders["small"], console)
     console.rule("scratch: the final size from the first step on, for the same cumulative FLOPs")
-    scratch = run(scratch_recipe(recipe, grown[-1]), folders["scratch"], console)
-    runs = {"grown": grown, "scratch": scratch}
+    scratch = run(rival_recipe(recipe, grown[-1], grown[-1]), folders["scratch"], console)
+    runs = {"grown": grown, "small": small, "scratch": scratch}
 
     console.rule("samples")
-    for label, checkpoint in (("small", grown[0]), ("grown", grown[-1])):
+    for label, checkpoint in (("before it grew", grown[0]), ("grown", grown[-1])):
         console.print(f"[bold]{label}[/bold]")
         console.print(sample(checkpoint), markup=False, highlight=False)
     console.rule("result")
@@ -137,11 +142,12 @@ def main() -> None:
             console.print(growth_line(event))
     console.print(stage_table(rows(runs)))
     losses = {name: verify_checkpoint(checkpoints[-1]).last.loss or math.nan for name, checkpoints in runs.items()}
-    difference = losses["grown"] - losses["scratch"]
-    console.print(
-        f"For the same cumulative FLOPs the grown model's validation loss is {abs(difference):.4f} "
-        f"{'lower' if difference < 0 else 'higher'} than the one trained from scratch (one seed)."
-    )
+    for rival, meaning in (("small", "the small model trained on"), ("scratch", "the model trained from scratch")):
+        difference = losses["grown"] - losses[rival]
+        console.print(
+            f"For the same cumulative FLOPs the grown model's validation loss is {abs(difference):.4f} "
+            f"{'lower' if difference < 0 else 'higher'} than that of {meaning} (one seed)."
+        )
 
     image = arguments.output / "loss.png"
     picture(folders, image)
@@ -153,9 +159,9 @@ def main() -> None:
     content = recipe.model_dump(exclude_unset=True)
     content |= {
         "model": {"checkpoint": str(grown[-1])},
-        "stages": [{"ffn_param_tokens": "+50%", "text_tokens": 400_000}],
+        "stages": [{"ffn_param_tokens": "+50%", "text_tokens": 150_000}],
     }
-    more.write_text(yaml.safe_dump(content, sort_keys=False))
+    more.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     console.print(f"Picture:          {image}", soft_wrap=True)
     console.print(f"Final checkpoint: {grown[-1]}", soft_wrap=True)
     console.print(f"Grow it further:  tokenformer train {more}", soft_wrap=True)
