@@ -79,8 +79,9 @@ def prepared(tmp_path_factory):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("results"))
     for recipe in (folder / "recipes" / "quick.yaml", folder / "recipes" / "small.yaml"):
         text = recipe.read_text(encoding="utf-8")
-        assert "0_000\n" in text and "bytes: 65536" in text
-        recipe.write_text(text.replace("0_000\n", "_000\n").replace("bytes: 65536", "bytes: 2048"), encoding="utf-8")
+        assert "0_000\n" in text and "validation_bytes: " in text
+        text = re.sub(r"(?<=validation_bytes: )\d+", "2048", text.replace("0_000\n", "_000\n"))
+        recipe.write_text(text.replace("source: python-stdlib", "source: examples"), encoding="utf-8")
     recipe = folder / "recipes" / "compare" / "first.yaml"
     text = recipe.read_text(encoding="utf-8")
     assert "e+9" in text and "seeds: [0, 1]" in text
