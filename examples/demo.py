@@ -105,6 +105,7 @@ def write_results(runs: dict[str, list[Path]], target: Path) -> None:
 def sample(checkpoint: Path) -> str:
     """Let a checkpoint continue the prompt."""
     model, tokenizer, _ = load_checkpoint(checkpoint)
+    assert tokenizer is not None  # training saved it
     torch.manual_seed(0)
     prompt = tokenizer(f"{tokenizer.eos_token}{PROMPT}", return_tensors="pt")
     sampling = {"do_sample": True, "temperature": 0.8, "top_k": 50, "pad_token_id": tokenizer.eos_token_id}
