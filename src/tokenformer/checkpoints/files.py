@@ -43,7 +43,7 @@ def replacing_file(path: Path, *, force: bool = False) -> Iterator[Path]:
     """
     check_file(path, force=force)
     target = _target(path)
-    temporary = _sibling(target, f".{os.getpid()}.tmp{target.suffix}")
+    temporary = sibling(target, f".{os.getpid()}.tmp{target.suffix}")
     with disk_errors(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -66,7 +66,7 @@ def replacing_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     """
     check_target(path, force=force)
     target = _target(path)
-    temporary, replaced = _sibling(target, f".{os.getpid()}.tmp"), _replaced(target)
+    temporary, replaced = sibling(target, f".{os.getpid()}.tmp"), _replaced(target)
     try:
         with disk_errors(path):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -173,10 +173,10 @@ def _target(path: Path) -> Path:
 
 
 def _replaced(target: Path) -> Path:
-    return _sibling(target, ".replaced")
+    return sibling(target, ".replaced")
 
 
-def _sibling(target: Path, ending: str) -> Path:
+def sibling(target: Path, ending: str) -> Path:
     """Return a hidden path beside `target` that belongs to it, with a name that no file system finds too long."""
     name = f".{target.name}{ending}"
     if len(os.fsencode(name)) > _LONGEST_NAME:

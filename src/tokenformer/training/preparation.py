@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..checkpoints.checkpoint import load_tokenizer, read_config
-from ..checkpoints.files import check_target, disk_errors
+from ..checkpoints.files import check_target, replacing_folder
 from ..data.text import TextData, prepare
 from ..data.tokenizer import vocabulary_size
 from ..errors import CheckpointError, GrowthError, RecipeError, TokenizerError
@@ -35,30 +31,21 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-@contextmanager
-def new_run(recipe: Recipe, run: Path, *, force: bool) -> Iterator[None]:
-    """Make the run folder; if preparing the run fails, it vanishes again, and what it was to replace comes back."""
+def begin_run(recipe: Recipe, run: Path, *, force: bool) -> TextData:
+    """Make the run folder and prepare the run in it; if that fails, what was there before still is.
+
+    Raises:
+        CheckpointError: the folder exists and not `force`, or is not ours to replace, or cannot be written. Others as
+            `prepare_run`.
+    """
     check_target(run, force=True)
     if run.exists() and not force:
         hint = "--resume to continue it, " if (run / "recipe.yaml").exists() else ""
         raise CheckpointError(f"{run} exists already; {hint}--force to replace it, or --output for another place")
-    with ExitStack() as undo:
-        replaced = run.with_name(f".{run.name}.replaced")
-        fresh = run.with_name(f".{run.name}.{os.getpid()}.tmp")
-        content = recipe.model_dump(exclude_unset=True)
-        with disk_errors(run):
-            fresh.mkdir(parents=True)
-            undo.callback(shutil.rmtree, fresh, ignore_errors=True)
-            (fresh / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-            if run.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
-                run.rename(replaced)
-                undo.callback(replaced.rename, run)
-            fresh.rename(run)
-            undo.callback(shutil.rmtree, run)
-        yield
-        undo.pop_all()
-        shutil.rmtree(replaced, ignore_errors=True)
+    with replacing_folder(run, force=force) as folder:
+        content = yaml.safe_dump(recipe.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
+        (folder / "recipe.yaml").write_text(content, encoding="utf-8")
+        return prepare_run(recipe, folder)
 
 
 def check_resumable(recipe: Recipe, run: Path) -> None:
@@ -67,15 +54,13 @@ def check_resumable(recipe: Recipe, run: Path) -> None:
     check_target(run, force=True)
     if not file.exists():
         raise CheckpointError(f"nothing to resume: {run} holds no run; start it without --resume")
-    began = parse_recipe(yaml.safe_load(file.read_text()), where=str(file))
+    began = parse_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), where=str(file))
     if began != recipe:
         changed = [k for k in Recipe.model_fields if getattr(began, k) != getattr(recipe, k)]
         raise RecipeError(
             f"the recipe differs from the one this run began with ({file}) in: {', '.join(changed)}; resume with "
             "that one, or start another run with --output"
         )
-    for left_by_a_kill in [*run.glob(".stage*.tmp"), run.with_name(f".{run.name}.replaced")]:
-        shutil.rmtree(left_by_a_kill, ignore_errors=True)
 
 
 def prepare_run(recipe: Recipe, run: Path) -> TextData:
@@ -84,8 +69,7 @@ def prepare_run(recipe: Recipe, run: Path) -> TextData:
     config = read_config(initial) if initial is not None else None
     tokenizer = load_tokenizer(initial, config) if initial is not None and config is not None else None
     length = recipe.training.sequence_length
-    with processes().main_process_first():
-        data = prepare(recipe.data, sequence_length=length, tokenizer_folder=run / "tokenizer", tokenizer=tokenizer)
+    data = prepare(recipe.data, sequence_length=length, tokenizer_folder=run / "tokenizer", tokenizer=tokenizer)
     if config is not None and vocabulary_size(data.tokenizer) > config.vocab_size:
         raise TokenizerError(
             f"the ids of tokenizer {recipe.data.tokenizer} go up to {vocabulary_size(data.tokenizer) - 1}, and the "

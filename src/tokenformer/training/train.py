@@ -21,9 +21,10 @@ from ..checkpoints.optimizer import OptimizerState, load_states
 from ..data.text import TextData
 from ..errors import CheckpointError, DataError
 from ..models.modeling_tokenformer import TokenformerForCausalLM
+from .lock import locked
 from .log import Log, OnEvent, read_log
 from .partial import unfinished
-from .preparation import check_resumable, first_config, new_run, prepare_run, processes
+from .preparation import begin_run, check_resumable, first_config, prepare_run, processes
 from .recipe import Recipe, load_recipe, parse_recipe
 from .settings import stage_settings
 from .stage import run_stage
@@ -51,7 +52,7 @@ def train(
     Raises:
         RecipeError: the recipe makes no sense, or on resuming is not the one the run began with.
         DataError, TokenizerError: from the text. GrowthError: from growing.
-        CheckpointError: the folder exists, or cannot be written.
+        CheckpointError: the folder exists, or another process trains in it, or it cannot be written.
         KeyboardInterrupt: after Ctrl-C, once the state is saved (a second Ctrl-C leaves at once).
     """
     if isinstance(recipe, dict):
@@ -64,18 +65,30 @@ def train(
     main_process = processes().is_main_process
     if resume and force:
         raise CheckpointError("--resume continues a run and --force starts it over: give one of them")
-    if resume:
-        check_resumable(recipe, run)
-    with nullcontext() if resume or not main_process else new_run(recipe, run, force=force):
-        data = prepare_run(recipe, run)
-    log = Log(run / "log.jsonl", on_event if main_process else lambda event: None, enabled=main_process)
-    logged = read_log(run) if log.path.exists() else []
+    with locked(run) if main_process else nullcontext():
+        if resume:
+            check_resumable(recipe, run)
+        with processes().main_process_first():
+            begins = main_process and not resume
+            data = begin_run(recipe, run, force=force) if begins else prepare_run(recipe, run)
+        log = Log(run / "log.jsonl", on_event if main_process else lambda event: None, enabled=main_process)
+        _check_text(log, data)
+        return _train_stages(recipe, run, data, log)
+
+
+def _check_text(log: Log, data: TextData) -> None:
+    """Log what the text is; DataError where the run began with another."""
+    logged = read_log(log.path.parent) if log.path.exists() else []
     began = next((event for event in logged if event["event"] == "data"), None)
     if began is None:
         log.write({"event": "data", **data.facts})
     elif began != {"event": "data", **data.facts}:
         changed = [f"{k} {began.get(k)} → {v}" for k, v in data.facts.items() if began.get(k) != v]
         raise DataError(f"the text is not what this run began with ({', '.join(changed)}); put it back, or start anew")
+
+
+def _train_stages(recipe: Recipe, run: Path, data: TextData, log: Log) -> list[Path]:
+    """Train what is not there yet, and return the checkpoints of all stages."""
     checkpoints: list[Path] = []
     for index in range(len(recipe.stages)):
         checkpoint = run / f"stage{index + 1}"
@@ -84,7 +97,7 @@ def train(
             settings = stage_settings(recipe, index)
             start = partial(_start, recipe, settings.weights_seed, data, previous)
             run_stage(settings, start, data, log, checkpoint, parent=previous)
-        if main_process:
+        if log.enabled:
             shutil.rmtree(unfinished(checkpoint), ignore_errors=True)
         checkpoints.append(checkpoint)
     return checkpoints
