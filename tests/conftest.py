@@ -1,7 +1,9 @@
 """Tiny models run faster on one thread than on two, and bit equality is claimed for a fixed number of threads."""
 
 import gc
+import logging
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,3 +25,10 @@ def _keep_what_is_imported() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """Commands silence other libraries for the rest of their process; tests after them must hear them."""
+    yield
+    logging.disable(logging.NOTSET)

@@ -8,9 +8,10 @@ from rich.console import Console
 from test_importance import ordinary, text
 from tiny_models import make, tiny, tokens, two_groups
 
+from tokenformer.cli.use_tables import activity_table, contribution_table
 from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.errors import EvaluationError, GrowthError, MissingExtraError
-from tokenformer.explain import activity_table, contribution_table, explain, picture, promotes
+from tokenformer.explain import explain, picture, promotes
 from tokenformer.growth.architectures import architecture_of
 from tokenformer.growth.importance import measure
 from tokenformer.growth.neurons import group_neurons

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from tokenformer import TokenformerConfig
 from tokenformer.cli.compare import comparisons
+from tokenformer.cli.tables import cost_table, total_table
 from tokenformer.errors import RecipeError
-from tokenformer.plan import DEVICES, HardwareSection, Plan, conclusions, cost_table, read_plan
+from tokenformer.plan import DEVICES, HardwareSection, Plan, conclusions, read_plan
 from tokenformer.sections import parse_sections
 
 PAPER = Path(__file__).parents[1] / "recipes" / "plan" / "paper.yaml"
@@ -90,12 +91,12 @@ def test_hours_price_and_memory_by_hand():
     assert small.parameters == 128 * 32 + 2 * 32 + 2 * 2 * 32 * (4 * 8 + 16) == 10304
     assert small.memory_bytes == 16 * 10304
     # (6 · 10240 + 12 · 2 · 32 · 16) · 36e9 = 2.654e15 FLOPs; at 4e12 FLOP/s of all four devices 663.6 s.
-    cells = rows(cost_table(content))["tokenformer 2 × 32"]
+    own, so_far = (rows(table(content))["tokenformer 2 × 32"] for table in (cost_table, total_table))
     assert small.training_flops == (6 * 10240 + 12 * 2 * 32 * 16) * 36e9
     assert big.total_flops == small.training_flops + (6 * (10240 + 2 * 2 * 32 * 32) + 12 * 2 * 32 * 16) * 36e9
     seconds = [f / 4e12 for f in (big.training_flops, big.total_flops)]
-    assert [cells[i] for i in (4, 8)] == [f"{s / 3600:.3g}" for s in seconds]
-    assert [cells[i] for i in (5, 9)] == [f"{s / 3600 * 4 * 3:.3g}" for s in seconds]
+    assert [own[4], so_far[2]] == [f"{s / 3600:.3g}" for s in seconds]
+    assert [own[5], so_far[3]] == [f"{s / 3600 * 4 * 3:.3g}" for s in seconds]
 
 
 @settings(max_examples=25, deadline=None)
@@ -125,7 +126,7 @@ def test_what_does_not_fit_is_named():
 def test_without_price_memory_scratch_and_published_hours():
     content = plan(hardware={"peak_tflops": 1, "utilisation": 1})
     assert not any("price" in str(column.header) for column in cost_table(content).columns)
-    assert "[i]from scratch[/i]" not in rows(cost_table(content)) and conclusions(content) == []
+    assert "from scratch" not in rows(cost_table(content)) and conclusions(content) == []
 
 
 def test_a_stage_after_one_without_published_hours_implies_nothing():
@@ -262,15 +263,25 @@ def test_help_names_every_device():
     assert all(device in text for device in DEVICES)
 
 
-def test_the_command_prints_the_papers_plan_in_120_columns(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+def test_the_command_prints_the_papers_plan_in_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     result = CliRunner().invoke(comparisons, ["plan", str(PAPER)])
     assert result.exit_code == 0, result.output
-    assert max(map(len, result.output.splitlines())) <= 120
+    assert max(map(len, result.output.splitlines())) <= 80 and "…" not in result.output
     lines = [" ".join(line.split()) for line in result.output.splitlines()]
     assert lines[0] == "64 × tpu-v4 (34.4 GB) at 40% of the peak; context 1,024"
-    assert "1.4b 1.31 B 21 30 B 2.39e20 9.44 1,945 390 B 7.02e20 27.7 5,706" in lines
+    assert "1.4b 1.31 B 21 30 B 2.39e20 9.44 1,945" in lines and "1.4b 390 B 7.02e20 27.7 5,706" in lines
     assert "gpt_neox 24 × 2048 6,417 11,600 6,417 11,600 0.221" in lines
     text = " ".join(result.output.split())
     assert "gpt_neox 24 × 2048 from scratch 2.54e21, 3.62 times as many. Text tokens: 390 B against 300 B" in text
     assert "imply a utilisation of 0.152 to 0.221" in text
+
+
+def test_the_command_gives_the_papers_plan_to_machines(paper):
+    result = CliRunner().invoke(comparisons, ["plan", "--json", str(PAPER)])
+    found = json.loads(result.output)
+    assert found.keys() == {"grown", "scratch", "conclusions"}
+    assert [run["training_flops"] for run in found["grown"]] == [c.training_flops for c in paper.grown_costs]
+    hours = [paper.hardware.device_hours(c.total_flops) for c in paper.grown_costs]
+    assert [run["total_device_hours"] for run in found["grown"]] == hours
+    assert found["conclusions"] == conclusions(paper)

@@ -1,29 +1,25 @@
-"""What parameter tokens do: which of them mattered for a prompt's next word, and tables and a picture of it."""
+"""What parameter tokens do: which of them mattered for a prompt's next word, and a picture of it."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .errors import EvaluationError, GrowthError, MissingExtraError
 from .growth.architectures import architecture_of
-from .growth.importance import GroupUse, Importance, watched_weights
+from .growth.importance import watched_weights
 from .growth.layout import TokenMap
 from .growth.neurons import group_neurons
 from .growth.operations import read_groups
 
-_ORDER = ("qkv", "output", "ffn")
+PROJECTION_ORDER = ("qkv", "output", "ffn")
 _Place = tuple[int, TokenMap, str]
 
 
@@ -56,7 +52,7 @@ class Contribution:
 
     def __str__(self) -> str:
         """Name the parameter token, for example `block 3 ffn base[17]`."""
-        return f"block {self.block} {_map_label(self.map_name, self.projection)} {self.group}[{self.index}]"
+        return f"block {self.block} {map_label(self.map_name, self.projection)} {self.group}[{self.index}]"
 
 
 @dataclass(frozen=True)
@@ -198,69 +194,6 @@ def promotes(
     return tuple(logits.topk(min(top, len(logits))).indices.tolist())
 
 
-def activity_table(importance: Importance) -> Table:
-    """Tabulate how text uses parameter tokens: a row for each projection, block and token group.
-
-    Of query, key and value maps together: the tokens of one of them, and means over all three. "active" is the mean of
-    `GroupUse.active`, "never" the share of tokens that are active nowhere; the most important token comes with its
-    share of its map's importance.
-    """
-    table = Table(
-        title=f"Use of parameter tokens on {importance.text_tokens:,} text tokens",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for column in ("projection", "block", "group", "tokens", "‖key‖", "‖value‖", "active", "never", "most important"):
-        table.add_column(column, justify="left" if column in ("projection", "group", "most important") else "right")
-    rows: dict[tuple[int, int, str], dict[str, GroupUse]] = {}
-    for (block, name), uses in importance.uses.items():
-        for group, use in uses.items():
-            rows.setdefault((_ORDER.index(importance.projections[name]), block, group), {})[name] = use
-    last: tuple[int, int] | None = None
-    # Stable: groups stay in the order in which they were added.
-    for (projection, block, group), by_map in sorted(rows.items(), key=lambda item: item[0][:2]):
-        is_new = last is None or last[0] != projection
-        if is_new and last is not None:
-            table.add_section()
-        found = list(by_map.values())
-        table.add_row(
-            _ORDER[projection] if is_new else "",
-            "" if last == (projection, block) else str(block),
-            group,
-            f"{len(found[0].active):,}",
-            f"{_mean(use.key_norm for use in found):.3f}",
-            f"{_mean(use.value_norm for use in found):.3f}",
-            f"{_mean(use.active for use in found):.1%}",
-            f"{_mean((use.active == 0).float() for use in found):.1%}",
-            _most_important(importance, block, by_map),
-        )
-        last = projection, block
-    return table
-
-
-def contribution_table(explanation: Explanation, tokenizer: PreTrainedTokenizerBase) -> Table:
-    """Tabulate the parameter tokens that mattered most for the next word.
-
-    For each: the text token at which it contributed most, its weight there, its contribution to the logit, and the text
-    tokens whose logits it raised most.
-    """
-    table = Table(
-        title=escape(_title(explanation, tokenizer)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for column in ("parameter token", "most at", "weight", "logit", "raises most"):
-        table.add_column(column, justify="right" if column in ("weight", "logit") else "left")
-    for c in explanation.top:
-        table.add_row(
-            escape(str(c)),
-            escape(_word(tokenizer, explanation.prompt[c.position])),
-            f"{c.weight:.3f}",
-            f"{c.contribution:+.4f}",
-            escape(" ".join(_word(tokenizer, token) for token in c.promotes) or "–"),
-        )
-    return table
-
-
 def picture(explanation: Explanation, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Draw an explanation: blocks × projections (Σ|contribution|), beside the parameter tokens that mattered most.
 
@@ -278,7 +211,7 @@ def picture(explanation: Explanation, tokenizer: PreTrainedTokenizerBase, path: 
         raise MissingExtraError("a picture needs matplotlib: pip install 'tokenformer[demo]'") from error
     columns = sorted(
         dict.fromkeys((projection, group) for _, projection, group in explanation.total),
-        key=lambda column: _ORDER.index(column[0]),
+        key=lambda column: PROJECTION_ORDER.index(column[0]),
     )
     blocks = sorted({block for block, _, _ in explanation.total})
     shares = [[explanation.total.get((block, *column), 0.0) for column in columns] for block in blocks]
@@ -287,7 +220,7 @@ def picture(explanation: Explanation, tokenizer: PreTrainedTokenizerBase, path: 
     figure = Figure(figsize=(6.5 + 0.8 * len(columns), height), dpi=150, layout="constrained")
     layout: Any = figure.get_layout_engine()
     layout.set(wspace=0.06)
-    figure.suptitle(_title(explanation, tokenizer), parse_math=False, fontsize=10)
+    figure.suptitle(heading(explanation, tokenizer), parse_math=False, fontsize=10)
     left, right = figure.subplots(1, 2, width_ratios=[0.8 * len(columns) + 0.6, 4.5])
     image = left.imshow(shares, aspect="auto", cmap="Blues", vmin=0)
     left.set_xticks(range(len(columns)), [f"{projection}\n{group}" for projection, group in columns], fontsize=8)
@@ -315,32 +248,19 @@ def _largest(sums: dict[_Place, Tensor], top: int) -> list[tuple[_Place, int]]:
     return [(place, i) for _, place, i in sorted(best, key=lambda item: -item[0])[:top]]
 
 
-def _title(explanation: Explanation, tokenizer: PreTrainedTokenizerBase) -> str:
+def heading(explanation: Explanation, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Say in one line what is explained: the end of the prompt, the next word, its logit and probability."""
     text = str(tokenizer.decode(list(explanation.prompt)))
     end = repr(text if len(text) <= 40 else "…" + text[-40:])
-    word = _word(tokenizer, explanation.target)
-    return f"{end} → {word}: logit {explanation.logit:.2f}, probability {explanation.probability:.1%}"
+    target = word(tokenizer, explanation.target)
+    return f"{end} → {target}: logit {explanation.logit:.2f}, probability {explanation.probability:.1%}"
 
 
-def _word(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+def word(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Write a text token between quotes."""
     return repr(str(tokenizer.decode([token])))
 
 
-def _most_important(importance: Importance, block: int, by_map: dict[str, GroupUse]) -> str:
-    best, label = 0.0, "–"
-    for name, use in by_map.items():
-        whole = sum(float(other.importance.sum()) for other in importance.uses[block, name].values())
-        if whole and float(use.importance.max()) / whole > best:
-            best = float(use.importance.max()) / whole
-            projection = importance.projections[name]
-            which = _map_label(name, projection) if projection == "qkv" else ""
-            label = f"{which}[{int(use.importance.argmax())}] {best:.1%}"
-    return label
-
-
-def _map_label(map_name: str, projection: str) -> str:
+def map_label(map_name: str, projection: str) -> str:
+    """Name a map in a few letters: q, k or v, or its projection."""
     return map_name.rpartition(".")[2].removesuffix("_proj") if projection == "qkv" else projection
-
-
-def _mean(tensors: Iterable[Tensor]) -> float:
-    return float(torch.cat(list(tensors)).mean())

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import Field, model_validator
-from rich import box
-from rich.table import Table
 from transformers import AutoConfig
 
 from . import cost
 from .sections import Section, read_sections
 from .training.log import read_log
 from .training.recipe import model_config
+from .units import scientific, short
 from .when_to_grow import WORTH_OF_PARAMETERS, Bargain, held_curve, slope
 
 
@@ -261,44 +260,6 @@ def read_plan(path: str | Path) -> Plan:
     return read_sections(Plan, path)
 
 
-def cost_table(plan: Plan) -> Table:
-    """Tabulate all runs: memory, FLOPs, hours of all devices at once, price; "so far" with the stages before."""
-    hardware = plan.hardware
-    spent = ["text", "FLOPs", "hours", *([] if hardware.price_per_hour is None else ["price"])]
-
-    def cells(text_tokens: float, flops: float) -> list[str]:
-        hours = hardware.device_hours(flops)
-        price = [] if hardware.price_per_hour is None else [_amount(hours * hardware.price_per_hour)]
-        return [_short(text_tokens), _flops(flops), _amount(hours / hardware.count), *price]
-
-    table = _table("model", "params", "GB/device", *spent, *(f"{column}\nso far" for column in spent))
-    table.add_row("[i]grown[/i]")
-    for c in plan.grown_costs:
-        so_far = cells(c.total_text_tokens, c.total_flops)
-        table.add_row(*_sizes(c), *cells(c.text_tokens, c.training_flops), *so_far)
-    if plan.scratch:
-        table.add_section()
-        table.add_row("[i]from scratch[/i]")
-    for c in plan.scratch_costs:
-        table.add_row(*_sizes(c), *cells(c.text_tokens, c.training_flops))
-    return table
-
-
-def published_table(plan: Plan) -> Table:
-    """Tabulate device hours, computed and published, of the runs that have published ones."""
-    columns = ("device hours", "published", "device hours\nso far", "published\nso far", "implied\nutilisation")
-    table = _table("model", *columns)
-    for costs in (plan.grown_costs, plan.scratch_costs):
-        table.add_section()
-        for c in costs:
-            if c.total_published_hours is not None:
-                own, so_far = (_amount(plan.hardware.device_hours(f)) for f in (c.training_flops, c.total_flops))
-                published = "–" if c.published_hours is None else _amount(c.published_hours)
-                implied = "–" if c.implied_utilisation is None else f"{c.implied_utilisation:.3f}"
-                table.add_row(c.label, own, published, so_far, _amount(c.total_published_hours), implied)
-    return table
-
-
 def conclusions(plan: Plan) -> list[str]:
     """Say what does not fit, what growing costs beside scratch, what is equal, and whether published hours agree."""
     said = []
@@ -312,11 +273,12 @@ def conclusions(plan: Plan) -> list[str]:
         grown, scratch = plan.grown_costs[-1], plan.scratch_costs[-1]
         affordable = scratch.total_text_tokens * grown.total_flops / scratch.total_flops
         said += [
-            f"Growing to {grown.label} takes {_flops(grown.total_flops)} FLOPs, all stages included; {scratch.label} "
-            f"from scratch {_flops(scratch.total_flops)}, {scratch.total_flops / grown.total_flops:.3g} times as many.",
+            f"Growing to {grown.label} takes {scientific(grown.total_flops)} FLOPs, all stages included; "
+            f"{scratch.label} from scratch {scientific(scratch.total_flops)}, "
+            f"{scratch.total_flops / grown.total_flops:.3g} times as many.",
             f"{_compared('Text tokens', grown.total_text_tokens, scratch.total_text_tokens)}; "
             f"{_compared('parameters', grown.parameters, scratch.parameters)}.",
-            f"For the FLOPs of growing, {scratch.label} could read {_short(affordable)} text tokens.",
+            f"For the FLOPs of growing, {scratch.label} could read {short(affordable)} text tokens.",
             "A plan cannot say which of them is better then; `tokenformer compare` measures it.",
         ]
     if plan.grown[0].run and len(plan.grown) > 1:
@@ -372,34 +334,6 @@ def _cost(plan: Plan, run: PlannedModel, before: Cost | None) -> Cost:
     )
 
 
-def _sizes(c: Cost) -> tuple[str, str, str]:
-    return c.label, _short(c.parameters), f"{c.memory_bytes / 1e9:,.3g}"
-
-
-def _table(first: str, *columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column(first)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _short(number: float) -> str:
-    """Three digits and a unit: 1.31 B."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.3g}"
-
-
 def _compared(what: str, grown: float, scratch: float) -> str:
     verdict = "equal within 1%" if abs(grown / scratch - 1) < 0.01 else "not equal"
-    return f"{what}: {_short(grown)} against {_short(scratch)} ({verdict})"
-
-
-def _flops(number: float) -> str:
-    return f"{number:.2e}".replace("e+", "e")
-
-
-def _amount(number: float) -> str:
-    return f"{number:,.0f}" if number >= 99.5 else f"{number:.3g}"
+    return f"{what}: {short(grown)} against {short(scratch)} ({verdict})"

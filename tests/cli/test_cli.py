@@ -39,9 +39,9 @@ RECIPE = {
 def run(monkeypatch, capsys):
     """Run a command in this process; return (exit code, stdout, stderr)."""
 
-    def call(*arguments):
+    def call(*arguments, columns=200):
         monkeypatch.setattr(sys, "argv", ["tokenformer", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("COLUMNS", str(columns))
         try:
             cli.main()
             code = 0
@@ -110,6 +110,61 @@ def test_inspect_shows_groups_memory_and_lineage(run, checkpoint):
     assert code == 0
     for word in ("base", "grown1", "everything else", "MB", "Lineage", "stage=2", "ffn_param_tokens=+50%", "sha256"):
         assert word in out
+
+
+def test_inspect_and_evaluate_tell_machines_what_they_tell_people(run, checkpoint, text):
+    found = json.loads(run("inspect", checkpoint, "--json")[1])
+    model = load_checkpoint(checkpoint)[0]
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["bytes"] == 4 * found["parameters"]
+    parts = [*found["groups"], found["everything_else"]]
+    assert sum(part["parameters"] for part in parts) == found["parameters"]
+    assert [group["name"] for group in found["groups"]] == ["base", "grown1"]
+    assert found["groups"][1]["counts"] == {"qkv": [0, 0], "output": [0, 0], "ffn": [16, 16]}
+    lineage = verify_checkpoint(checkpoint)
+    assert found["weights_sha256"] == lineage.weights_sha256 and len(found["history"]) == len(lineage.history)
+    code, out, _ = run("evaluate", checkpoint, "--text", text, "--json")
+    found = json.loads(out)
+    assert (
+        code == 0
+        and found["tasks"] == {}
+        and found["text"][0].keys()
+        == {
+            "source",
+            "loss",
+            "bits_per_byte",
+            "text_tokens",
+        }
+    )
+    assert run("inspect", checkpoint, "--json", "--prompt", "x")[0] == 2
+
+
+def test_no_other_library_writes_to_the_terminal(run, checkpoint, text, tmp_path):
+    """What commands print in a terminal of 80 columns is ours alone: nothing on stderr, whole lines on stdout."""
+    new = ["-o", tmp_path / "new", "--force"]
+    judged = ["--text", text]
+    for arguments in (
+        ["grow", checkpoint, *new, "--ffn", "+8"],
+        ["freeze", checkpoint, "base", *new],
+        ["unfreeze", checkpoint, "base", *new],
+        ["drop", checkpoint, "grown1", *new],
+        ["consolidate", checkpoint, *new],
+        ["split", checkpoint, "grown1", "-o", tmp_path / "addon.safetensors"],
+        ["prune", checkpoint, *new, "--keep", "0.5", *judged],
+        ["sort", checkpoint, *new, *judged],
+        ["shrink", tmp_path / "new", "--keep", "0.5", "-o", tmp_path / "half"],
+        ["route", checkpoint, "grown1", *new, "--own", text, "--other", text],
+        ["inspect", checkpoint, *judged, "--prompt", "the quick"],
+        ["generate", checkpoint, "the quick", "--max-new-tokens", "4"],
+        ["evaluate", checkpoint, *judged],
+        ["recipe"],
+    ):
+        code, out, err = run(*arguments, columns=80)
+        assert (code, err) == (0, ""), arguments
+        assert "it/s" not in out and "…" not in out, out
+        assert "Warning" not in out and "loss_type" not in out
+    code, _, err = run("slice", checkpoint, *new, *judged)
+    assert code == 0 and "sort" in err and len(err.splitlines()) == 1
 
 
 def test_generate_streams_the_same_text_for_the_same_seed(run, checkpoint):

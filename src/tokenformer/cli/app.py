@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
-from rich.table import Table
 
 from ..quiet import quiet_libraries
-from .arguments import Checkpoint, Force, Keep, Output, check_checkpoint, check_recipe
+from .arguments import Checkpoint, Force, Json, Keep, Output, check_checkpoint, check_recipe
 from .compare import comparisons
 from .groups import groups, rewriting
 
@@ -144,6 +144,7 @@ def evaluate(
         int | None, typer.Option(help="Text blocks or requests at a time.  [default: as memory allows]", min=1)
     ] = None,
     keep: Keep = 1.0,
+    as_json: Json = False,
 ) -> None:
     """Measure bits per byte on any text, and run lm-eval's tasks."""
     import torch
@@ -152,7 +153,7 @@ def evaluate(
     from ..errors import EvaluationError, TokenizerError
     from ..evaluation import default_block_length, evaluate_tasks, evaluate_text
     from ..training.recipe import parse_recipe
-    from .tables import task_table
+    from .tables import task_table, text_table
 
     if not text and not tasks:
         raise EvaluationError("nothing to evaluate on: give --text SOURCE, --tasks TASKS, or both")
@@ -160,21 +161,24 @@ def evaluate(
     if tokenizer is None:
         raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")
     model.to(torch.accelerator.current_accelerator() or "cpu")
-    console = Console()
+    length, texts, measured = 0, [], {}
     if text:
         trained = parse_recipe(lineage.last_recipe).training.sequence_length if lineage.last_recipe else None
         length = sequence_length or trained or default_block_length(model.config)
-        title = f"Text, in text blocks of {length:,} text tokens"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in ("source", "text tokens", "loss", "bits/byte"):
-            table.add_column(column, justify="left" if column == "source" else "right")
         for source in text:
             found = evaluate_text(model, tokenizer, source, block_length=length, batch_size=batch_size)
-            table.add_row(source, f"{found.text_tokens:,}", f"{found.loss:.4f}", f"{found.bits_per_byte:.4f}")
-        console.print(table)
+            texts.append({"source": source, **asdict(found)})
     if tasks:
-        results = evaluate_tasks(model, tokenizer, tasks.split(","), limit=limit, batch_size=batch_size or 16)
-        console.print(task_table(results))
+        measured = evaluate_tasks(model, tokenizer, tasks.split(","), limit=limit, batch_size=batch_size or 16)
+    if as_json:
+        facts = {"checkpoint": str(checkpoint), "text": texts, "tasks": measured.get("results", {})}
+        typer.echo(json.dumps(facts, ensure_ascii=False, default=str))
+        return
+    console = Console()
+    if texts:
+        console.print(text_table(texts, length))
+    if measured:
+        console.print(task_table(measured))
 
 
 @app.command()

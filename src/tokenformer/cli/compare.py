@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from .arguments import Results, check_recipe
+from .arguments import Json, Results, check_recipe
+
+if TYPE_CHECKING:
+    from ..plan import Cost, Plan
 
 comparisons = typer.Typer()
 
@@ -25,6 +30,7 @@ def compare(
         int | None,
         typer.Option(help="Processes.  [default: one a GPU, or one for every training.threads cores]", min=1),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Compare ways to train and grow at equal cost, by rules stated before; the same command continues."""
     from ..compare.recipe import load_compare_recipe
@@ -32,7 +38,7 @@ def compare(
     from ..compare.run import compare as run
     from .displays import ComparisonDisplay
 
-    console = Console()
+    console = Console(stderr=as_json)
     folder = output or Path("runs") / "compare" / recipe.stem
     content = load_compare_recipe(recipe)
     try:
@@ -41,20 +47,21 @@ def compare(
     except KeyboardInterrupt:
         Console(stderr=True).print("Interrupted; the same command continues.")
         raise typer.Exit(130) from None
-    console.print(f"Report: {write_report(lines, folder)}", markup=False, soft_wrap=True)
+    _report(lines, write_report(lines, folder), as_json)
 
 
 @comparisons.command()
 def report(
     results: Results,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.html, report.md and pictures.")],
+    as_json: Json = False,
 ) -> None:
     """Make the report of a comparison from its results alone, those of several machines together."""
     from ..compare.report import write_report
     from ..compare.results import read_results
 
     lines = [line for path in results for line in read_results(path)]
-    Console().print(f"Report: {write_report(lines, output)}", markup=False, soft_wrap=True)
+    _report(lines, write_report(lines, output), as_json)
 
 
 @comparisons.command("plan")
@@ -62,11 +69,16 @@ def show_plan(
     plan: Annotated[
         Path, typer.Argument(help="YAML file; recipes/plan/paper.yaml is one.", metavar="PLAN", callback=check_recipe)
     ],
+    as_json: Json = False,
 ) -> None:
     """Say what growing will cost beside training from scratch: FLOPs, memory, hours, money."""
-    from ..plan import conclusions, cost_table, published_table, read_plan
+    from ..plan import conclusions, read_plan
+    from .tables import cost_table, published_table, total_table
 
     content, console = read_plan(plan), Console()
+    if as_json:
+        typer.echo(json.dumps(_plan_facts(content), ensure_ascii=False))
+        return
     hardware = content.hardware
     device = hardware.device or f"device of {hardware.peak_tflops:g} TFLOP/s"
     memory = f" ({hardware.memory_bytes / 1e9:,.1f} GB)" if hardware.memory_bytes else ""
@@ -77,7 +89,38 @@ def show_plan(
         markup=False,
     )
     console.print(cost_table(content))
+    if len(content.grown) > 1:
+        console.print(total_table(content))
     if any(run.published_hours is not None for run in (*content.grown, *content.scratch)):
         console.print(published_table(content))
     for sentence in conclusions(content):
         console.print(sentence, markup=False)
+
+
+def _report(lines: list[dict[str, Any]], page: Path, as_json: bool) -> None:
+    """Say where the report is; for machines, with what each final run found."""
+    if as_json:
+        long = ("event", "purpose", "config", "curve", "growths")
+        final = [line for line in lines if line.get("purpose") == "final"]
+        runs = [{key: value for key, value in line.items() if key not in long} for line in final]
+        typer.echo(json.dumps({"report": str(page), "runs": runs}, ensure_ascii=False))
+    else:
+        Console().print(f"Report: {page}", markup=False, soft_wrap=True)
+
+
+def _plan_facts(plan: Plan) -> dict[str, Any]:
+    from ..plan import conclusions
+
+    def facts(cost: Cost) -> dict[str, Any]:
+        device_hours = plan.hardware.device_hours
+        hours = {
+            "device_hours": device_hours(cost.training_flops),
+            "total_device_hours": device_hours(cost.total_flops),
+        }
+        return {**asdict(cost), **hours}
+
+    return {
+        "grown": [facts(cost) for cost in plan.grown_costs],
+        "scratch": [facts(cost) for cost in plan.scratch_costs],
+        "conclusions": conclusions(plan),
+    }

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from .arguments import Checkpoint, Force, Output, Parts, Text, check_checkpoint
+from .arguments import Checkpoint, Force, Json, Output, Parts, Text, check_checkpoint
 
 if TYPE_CHECKING:
     from ..growth.architectures import GroupEntry
@@ -207,9 +206,10 @@ def sort(checkpoint: Checkpoint, output: Output, text: Text, force: Force = Fals
     _select(checkpoint, output, text, sort_operation, force=force)
 
 
-@groups.command(deprecated=True)
+@groups.command()
 def slice(checkpoint: Checkpoint, output: Output, text: Text, force: Force = False) -> None:
     """Is called `sort` now, and goes with the next release."""
+    Console(stderr=True).print("`tokenformer slice` is called `tokenformer sort` now.")
     sort(checkpoint, output, text, force)
 
 
@@ -267,48 +267,33 @@ def inspect(
     picture: Annotated[
         Path | None, typer.Option(help="Draw that into this file (PNG, PDF, SVG).", metavar="FILE")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Show a checkpoint's token groups, sizes, memory and lineage, and what a text or a prompt uses of them."""
-    from .. import cost
-    from ..checkpoints.checkpoint import read_config
     from ..checkpoints.verify import verify_checkpoint
     from ..errors import EvaluationError
-    from ..growth.architectures import architecture_of, token_groups
-    from .tables import lineage_table
+    from .tables import group_table, lineage_table
 
     if picture is not None and prompt is None:
         raise EvaluationError("--picture shows what a prompt's next word came from; give --prompt as well")
-    config, lineage = read_config(checkpoint), verify_checkpoint(checkpoint)
-    console, width = Console(), _width(config)
-    table = Table(title="Token groups", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    projections = list(architecture_of(config).counts)
-    for column in ("group", *projections, "tokens", "parameters", "MB", ""):
-        table.add_column(column, justify="left" if column in ("group", "") else "right")
-    tokens, counts = cost.group_tokens(config), cost.group_parameters(config)
-    for group in token_groups(config):
-        n, counts_of = group.name, [group.over(projection) for projection in projections]
-        sizes = [f"{min(c)}–{max(c)}" if min(c) < max(c) else str(max(c)) for c in counts_of]
-        table.add_row(
-            n, *sizes, f"{tokens[n]:,}", f"{counts[n]:,}", f"{counts[n] * width / 1e6:,.1f}", _notes(config, group)
-        )
-    rest = cost.parameters(config) - sum(counts.values())
-    empty = [""] * (len(projections) + 1)
-    table.add_row("[i]everything else[/i]", *empty, f"{rest:,}", f"{rest * width / 1e6:,.1f}", "")
-    kind = getattr(config, "norm_activation_type", config.model_type)
+    if as_json and (text is not None or prompt is not None):
+        raise EvaluationError("--json tells what a checkpoint is, not what a text or a prompt uses: leave one out")
+    facts, lineage = _facts(checkpoint), verify_checkpoint(checkpoint)
+    if as_json:
+        typer.echo(json.dumps({**facts, **lineage.model_dump(mode="json", exclude_none=True)}, ensure_ascii=False))
+        return
+    console = Console()
     console.print(
-        f"{checkpoint}: {cost.parameters(config):,} parameters, {config.num_hidden_layers} blocks of width "
-        f"{config.hidden_size}, {kind}, vocabulary {config.vocab_size:,}",
+        f"{checkpoint}: {facts['parameters']:,} parameters, {facts['num_hidden_layers']} blocks of width "
+        f"{facts['hidden_size']}, {facts['kind']}, vocabulary {facts['vocab_size']:,}\n"
+        f"Training needs {facts['training_bytes'] / 1e6:,.0f} MB beside activations (float32, AdamW); generating reads "
+        f"{facts['bytes'] / 1e6:,.1f} MB per text token.",
         markup=False,
         soft_wrap=True,
     )
-    console.print(
-        f"training needs {cost.training_bytes(config) / 1e6:,.0f} MB beside activations (float32, AdamW); generating "
-        f"reads {cost.parameters(config) * width / 1e6:,.1f} MB per text token",
-        soft_wrap=True,
-    )
-    console.print(table)
+    console.print(group_table(facts["groups"], facts["everything_else"]))
     console.print(lineage_table(lineage))
-    console.print(f"weights sha256 {lineage.weights_sha256}")
+    console.print(f"weights sha256 {lineage.weights_sha256}", soft_wrap=True)
     if text is not None or prompt is not None:
         _inspect_use(console, checkpoint, text, prompt, picture)
 
@@ -375,9 +360,10 @@ def _inspect_use(
 ) -> None:
     import torch
 
-    from ..explain import activity_table, contribution_table, explain
+    from ..explain import explain
     from ..explain import picture as draw
     from ..growth.importance import measure
+    from .use_tables import activity_table, contribution_table
 
     model, tokenizer, _, sample = _judged(checkpoint)
     if text is not None:
@@ -399,15 +385,44 @@ def _report(console: Console, *rows: tuple[str, Path]) -> None:
     console.print(f"Written: {rows[-1][1]}", markup=False, soft_wrap=True)
 
 
-def _notes(config: Any, group: GroupEntry) -> str:
+def _facts(checkpoint: Path) -> dict[str, Any]:
+    """Say what a checkpoint is, in numbers: `inspect --json`, and what its tables are made from."""
+    import torch
+
+    from .. import cost
+    from ..checkpoints.checkpoint import read_config
+    from ..growth.architectures import architecture_of, token_groups
+
+    config = read_config(checkpoint)
+    width = (config.dtype or torch.float32).itemsize
+    tokens, counts, whole = cost.group_tokens(config), cost.group_parameters(config), cost.parameters(config)
+    groups = [
+        {
+            "name": group.name,
+            "counts": {p: [min(group.over(p)), max(group.over(p))] for p in architecture_of(config).counts},
+            "tokens": tokens[group.name],
+            "parameters": counts[group.name],
+            "bytes": counts[group.name] * width,
+            "notes": _notes(config, group),
+        }
+        for group in token_groups(config)
+    ]
+    rest = whole - sum(counts.values())
+    return {
+        "checkpoint": str(checkpoint),
+        "kind": getattr(config, "norm_activation_type", config.model_type),
+        "parameters": whole,
+        "bytes": whole * width,
+        "training_bytes": cost.training_bytes(config),
+        **{field: getattr(config, field) for field in ("num_hidden_layers", "hidden_size", "vocab_size")},
+        "groups": groups,
+        "everything_else": {"parameters": rest, "bytes": rest * width},
+    }
+
+
+def _notes(config: Any, group: GroupEntry) -> list[str]:
     from ..growth.architectures import frozen_names
 
     notes = [f"with blocks {', '.join(map(str, group.blocks))}"] if group.blocks else []
     notes += ["routed"] if group.routed else []
-    return ", ".join([*notes, *(["frozen"] if group.name in frozen_names(config) else [])])
-
-
-def _width(config: Any) -> int:
-    import torch
-
-    return (config.dtype or torch.float32).itemsize
+    return [*notes, *(["frozen"] if group.name in frozen_names(config) else [])]

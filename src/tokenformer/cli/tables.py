@@ -1,58 +1,106 @@
-"""What commands print at the end."""
+"""What commands print at the end, within 80 columns: words fold, and no number is ever cut."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
-from .. import cost
-from ..checkpoints.checkpoint import read_config
-from ..checkpoints.lineage import Lineage
-from ..checkpoints.verify import read_lineage
+from ..units import amount, scientific, short
+
+if TYPE_CHECKING:
+    from ..checkpoints.lineage import Lineage
+    from ..plan import Plan
+
+Row = Sequence[str]
 
 
-def stage_table(rows: Iterable[tuple[str, Path]], title: str | None = None) -> Table:
+def tabulate(words: Sequence[str], numbers: Sequence[str], rows: Iterable[Row | None], title: str = "") -> Table:
+    """Make a table whose first columns hold words, and the others numbers.
+
+    Args:
+        words: names of the columns that may fold.
+        numbers: names of the columns that are as wide as their widest cell.
+        rows: cells in the order of the columns, of which the last ones may be missing; None draws a line.
+        title: what stands above, at the left.
+    """
+    listed = list(rows)
+    table = Table(
+        title=escape(title) or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
+    for name in words:
+        table.add_column(name, overflow="fold")
+    for i, name in enumerate(numbers, len(words)):
+        cells = [name, *(row[i] for row in listed if row is not None and i < len(row))]
+        widest = max(len(line) for cell in cells for line in cell.split("\n"))
+        table.add_column(name, justify="right", no_wrap=True, min_width=widest)
+    for row in listed:
+        if row is None:
+            table.add_section()
+        else:
+            table.add_row(*map(escape, row))
+    return table
+
+
+def stage_table(rows: Iterable[tuple[str, Path]], title: str = "") -> Table:
     """Tabulate checkpoints, (label, folder) each: sizes from configurations, costs and losses from lineage.
 
-    Parameters and text tokens (seen so far) in millions, parameter tokens by group, cumulative training FLOPs and time,
-    validation loss in nats per text token.
+    Parameters and text tokens (seen so far), parameter tokens by group, cumulative training FLOPs and time, validation
+    loss in nats per text token.
     """
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("stage")
-    for name in ("params", "token groups", "text", "FLOPs", "time", "loss", "bits/byte"):
-        table.add_column(name, justify="right")
-    for label, folder in rows:
-        table.add_row(label, *_cells(read_config(folder), read_lineage(folder)))
-    return table
+    numbers = ("params", "text", "FLOPs", "time", "loss", "bits/byte")
+    return tabulate(("stage", "token groups"), numbers, [_stage(label, folder) for label, folder in rows], title)
 
 
 def lineage_table(lineage: Lineage) -> Table:
     """Tabulate what happened to a checkpoint, oldest first."""
-    table = Table(title="Lineage", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("date", "operation", "arguments", "from", "text tokens", "FLOPs", "val. loss"):
-        table.add_column(column, justify="right" if column in ("text tokens", "FLOPs", "val. loss") else "left")
-    for event in lineage.history:
-        table.add_row(
-            event.date[:10],
+    rows = [
+        (
             event.operation,
             ", ".join(f"{k}={v}" for k, v in event.arguments.items() if v is not None),
+            event.date[:10],
             (event.parent or "–")[:8],
-            f"{event.text_tokens_seen:,}",
-            f"{event.training_flops:.2e}",
-            "–" if event.loss is None else f"{event.loss:.4f}",
+            short(event.text_tokens_seen),
+            scientific(event.training_flops),
+            _loss(event.loss),
         )
-    return table
+        for event in lineage.history
+    ]
+    return tabulate(("operation", "arguments"), ("date", "from", "text", "FLOPs", "loss"), rows, "Lineage")
+
+
+def group_table(groups: Sequence[dict[str, Any]], rest: dict[str, Any]) -> Table:
+    """Tabulate token groups as `inspect --json` lists them, and everything else: sizes, and bytes as stored."""
+    projections = list(groups[0]["counts"])
+
+    def counts(group: dict[str, Any]) -> Iterable[str]:
+        for found in group["counts"].values():
+            yield f"{found[0]}–{found[1]}" if found[0] < found[1] else str(found[1])
+
+    rows = [
+        (g["name"], ", ".join(g["notes"]), *counts(g), short(g["tokens"]), short(g["parameters"]), _megabytes(g))
+        for g in groups
+    ]
+    other = ("everything else", "", *("" for _ in projections), "", short(rest["parameters"]), _megabytes(rest))
+    return tabulate(
+        ("group", ""), (*projections, "tokens", "params", "MB"), [*rows, other], "Token groups (parameter tokens)"
+    )
+
+
+def text_table(found: Sequence[dict[str, Any]], block_length: int) -> Table:
+    """Tabulate evaluations of text as `evaluate --json` lists them."""
+    rows = [(e["source"], short(e["text_tokens"]), f"{e['loss']:.4f}", f"{e['bits_per_byte']:.4f}") for e in found]
+    title = f"Text, in blocks of {block_length:,} text tokens"
+    return tabulate(("source",), ("text tokens", "loss", "bits/byte"), rows, title)
 
 
 def task_table(results: dict[str, Any]) -> Table:
     """Tabulate what `evaluate_tasks` returns: a row for each metric of each task, with its standard error."""
-    table = Table(title="Tasks", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("task", "documents", "metric", "value", "± s.e."):
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    rows = []
     for task, metrics in results["results"].items():
         documents = results["n-samples"].get(task, {}).get("effective", "")
         for key, value in metrics.items():
@@ -62,23 +110,74 @@ def task_table(results: dict[str, Any]) -> Table:
             error = metrics.get(f"{metric}_stderr,{filtered}")
             name = metric if filtered == "none" else f"{metric} ({filtered})"
             spread = f"{error:.4f}" if isinstance(error, float) else "–"
-            table.add_row(task, str(documents), name, f"{value:.4f}", spread)
-    return table
+            rows.append((task, name, str(documents), f"{value:.4f}", spread))
+    return tabulate(("task", "metric"), ("documents", "value", "± s.e."), rows, "Tasks")
 
 
-def _millions(number: int) -> str:
-    return f"{number / 1e6:,.2f} M"
+def cost_table(plan: Plan) -> Table:
+    """Tabulate each run alone: memory, FLOPs, hours of all devices at once, price."""
+    rows: list[Row | None] = [("grown",)]
+    for i, c in enumerate((*plan.grown_costs, *plan.scratch_costs)):
+        if i == len(plan.grown_costs):
+            rows += [None, ("from scratch",)]
+        sizes = short(c.parameters), amount(c.memory_bytes / 1e9)
+        rows.append((c.label, *sizes, *_spent(plan, c.text_tokens, c.training_flops)))
+    return tabulate(("model",), ("params", "GB/device", *_spending(plan)), rows, "Each run alone")
 
 
-def _cells(config: Any, lineage: Lineage) -> list[str]:
-    last = lineage.last
-    groups = cost.group_tokens(config)
-    return [
-        _millions(cost.parameters(config)),
-        "\n".join(f"{name} {count:,}" for name, count in groups.items()),
-        _millions(last.text_tokens_seen),
-        f"{last.training_flops:.2e}".replace("e+", "e"),
-        f"{last.training_seconds:.0f} s",
-        "–" if last.loss is None else f"{last.loss:.4f}",
-        "–" if last.bits_per_byte is None else f"{last.bits_per_byte:.4f}",
-    ]
+def total_table(plan: Plan) -> Table:
+    """Tabulate each stage of growth with the stages before it: FLOPs, hours of all devices at once, price."""
+    rows = [(c.label, *_spent(plan, c.total_text_tokens, c.total_flops)) for c in plan.grown_costs]
+    return tabulate(("model",), _spending(plan), rows, "Grown, with the stages before")
+
+
+def published_table(plan: Plan) -> Table:
+    """Tabulate device hours, computed and published, of the runs that have published ones."""
+    rows: list[Row | None] = []
+    for costs in (plan.grown_costs, plan.scratch_costs):
+        rows.append(None)
+        for c in costs:
+            if c.total_published_hours is not None:
+                own, so_far = (amount(plan.hardware.device_hours(f)) for f in (c.training_flops, c.total_flops))
+                published = "–" if c.published_hours is None else amount(c.published_hours)
+                implied = "–" if c.implied_utilisation is None else f"{c.implied_utilisation:.3f}"
+                rows.append((c.label, own, published, so_far, amount(c.total_published_hours), implied))
+    numbers = ("computed", "published", "computed\nso far", "published\nso far", "implied\nutilisation")
+    return tabulate(("model",), numbers, rows, "Device hours")
+
+
+def _stage(label: str, folder: Path) -> Row:
+    from .. import cost
+    from ..checkpoints.checkpoint import read_config
+    from ..checkpoints.verify import read_lineage
+
+    config, last = read_config(folder), read_lineage(folder).last
+    return (
+        label,
+        "\n".join(f"{name} {count:,}" for name, count in cost.group_tokens(config).items()),
+        short(cost.parameters(config)),
+        short(last.text_tokens_seen),
+        scientific(last.training_flops),
+        f"{amount(last.training_seconds)} s",
+        _loss(last.loss),
+        _loss(last.bits_per_byte),
+    )
+
+
+def _loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _megabytes(part: dict[str, Any]) -> str:
+    return f"{part['bytes'] / 1e6:,.1f}"
+
+
+def _spending(plan: Plan) -> list[str]:
+    return ["text", "FLOPs", "hours", *([] if plan.hardware.price_per_hour is None else ["price"])]
+
+
+def _spent(plan: Plan, text_tokens: float, flops: float) -> list[str]:
+    hardware = plan.hardware
+    hours = hardware.device_hours(flops)
+    price = [] if hardware.price_per_hour is None else [amount(hours * hardware.price_per_hour)]
+    return [short(text_tokens), scientific(flops), amount(hours / hardware.count), *price]
