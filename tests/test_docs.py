@@ -118,6 +118,7 @@ def prepared(tmp_path_factory):
 def project(prepared, tmp_path, monkeypatch):
     """A copy of that folder, where a page may write."""
     monkeypatch.chdir(shutil.copytree(prepared, tmp_path / "project"))
+    monkeypatch.setattr("tokenformer.compare.run._default_workers", lambda recipe, devices: 1)  # each imports torch
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
