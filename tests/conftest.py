@@ -14,6 +14,13 @@ import torch
 
 torch.set_num_threads(1)
 
+LONGEST = {"test_docs.py", "test_compare_running.py", "test_train.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: the core that ends first then waits for a short one."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _keep_what_is_imported() -> None:
