@@ -155,7 +155,7 @@ def test_buffers_of_old_gpt2_checkpoints(prefix, tmp_path):
 def test_each_tensor_keeps_its_type(tmp_path):
     model = ordinary(LlamaConfig(**LLAMA, dtype="bfloat16"))
     save_checkpoint(tmp_path / "c", model.to(torch.bfloat16))
-    wide = ("model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight")
+    wide = ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight")
     replace(tmp_path / "c", lambda ts: {n: t.float() if n in wide else t for n, t in ts.items()})
     (tmp_path / "c" / "lineage.json").unlink()
     dtypes = {name: tensor.dtype for name, tensor in written(tmp_path / "c").items()}
