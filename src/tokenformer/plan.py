@@ -12,13 +12,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from transformers import AutoConfig
 
 from . import cost
 from .sections import Section, read_sections
 from .training.log import read_log
-from .training.recipe import model_config
+from .training.model import ModelSection
 from .units import scientific, short
 from .when_to_grow import WORTH_OF_PARAMETERS, Bargain, held_curve, slope
 
@@ -98,7 +98,7 @@ class HardwareSection(Section):
 class PlannedModel(Section):
     """A model, and the text that it is trained on."""
 
-    model: str | dict[str, Any] = ""
+    model: ModelSection | None = None
     """A preset, such as 354m; or `architecture` (default: tokenformer) and fields of its configuration in transformers'
     names, which may change a `preset`."""
     text_tokens: float = Field(0, ge=0)
@@ -109,9 +109,14 @@ class PlannedModel(Section):
     published_hours: float | None = Field(None, gt=0)
     """Device hours that someone reports for it, all stages before it included: shown beside the computed ones."""
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _named(cls, model: Any) -> Any:
+        return {"preset": model} if isinstance(model, str) else model
+
     @model_validator(mode="after")
     def _makes_a_model(self) -> PlannedModel:
-        given = bool(self.model), bool(self.text_tokens)
+        given = self.model is not None, bool(self.text_tokens)
         if given != ((True, True) if self.run is None else (False, False)):
             raise ValueError("give model and text_tokens, or run: the folder of a training run")
         _ = self.config
@@ -122,10 +127,11 @@ class PlannedModel(Section):
         """The configuration.
 
         Raises:
-            ValueError: as `recipe.model_config`, or `run` holds no finished stage.
+            ValueError: sizes that make no model, or `run` holds no finished stage.
         """
         if self.run is None:
-            return model_config({"preset": self.model} if isinstance(self.model, str) else self.model)
+            assert self.model is not None
+            return self.model.config()
         if not self.events:
             raise ValueError(
                 f"{self.run} is no folder of a training run: there is no finished stage in it, or no log; "
@@ -155,10 +161,8 @@ class PlannedModel(Section):
         """Name for a table."""
         if self.run is not None:
             return str(self.run)
-        if isinstance(self.model, str):
-            return self.model
-        if "preset" in self.model:
-            return ("changed " if len(self.model) > 1 else "") + self.model["preset"]
+        if self.model is not None and self.model.preset:
+            return ("changed " if len(self.model.model_fields_set) > 1 else "") + self.model.preset
         return f"{self.config.model_type} {self.config.num_hidden_layers} × {self.config.hidden_size}"
 
 

@@ -74,4 +74,4 @@ def held_curve(events: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
     last = [event for event in later if event["event"] == "evaluation" and "learning_rate" in event]
     full = max((event["learning_rate"] for event in last), default=0.0)
     held = [(e["text_tokens_seen"], e["bits_per_byte"]) for e in last if e["learning_rate"] >= 0.99 * full]
-    return [(text, bits) for text, bits in held if bits is not None]
+    return [(text, bits) for text, bits in held if bits is not None and math.isfinite(bits)]

@@ -17,7 +17,6 @@ from typing import Any, Literal
 from ..data.text import TextData
 from ..data.tokenizer import vocabulary_size
 from ..errors import RecipeError
-from ..training.recipe import model_config
 from .recipe import Arm, ArmStage, CompareRecipe
 
 Phase = Literal["hold", "fall", "cosine"]
@@ -65,7 +64,7 @@ class Segment:
         training = self.recipe.training_of(self.arm).model_dump(exclude_defaults=True)
         facts = {
             "parent": self.parent.id if self.parent else None,
-            "model": None if self.parent else self.recipe.arms[self.arm].model,
+            "model": None if self.parent else self.recipe.arms[self.arm].model.model_dump(exclude_unset=True),
             "data": self.recipe.data.model_dump(exclude_defaults=True),
             "training": {**training, "learning_rate": self.learning_rate, "decay": None},
             "warmup": self.recipe.budgets[0],
@@ -129,12 +128,11 @@ def arm_config(arm: Arm, data: TextData, *, context: int, where: str) -> Any:
     """Return the configuration of an arm's first model.
 
     Raises:
-        RecipeError: an unknown architecture, a field that it does not have, or sizes that make no model.
+        RecipeError: sizes that make no model.
     """
     end = data.tokenizer.eos_token_id
     try:
-        return model_config(
-            arm.model,
+        return arm.model.config(
             vocab_size=vocabulary_size(data.tokenizer),
             max_position_embeddings=context,
             tie_word_embeddings=True,

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import EvaluationError, RecipeError
 from ..sections import parse_sections
+from ..training.model import ModelSection
 from .page import scientific
 from .recipe import CompareRecipe
 from .results import MAY_GAIN, Line, check_same_text
@@ -169,7 +170,7 @@ class Findings:
     def own_base(self, arm: str) -> str | None:
         """Return the never-grown arm that begins with the same model and trains alike: this one, simply trained on."""
 
-        def begins(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        def begins(name: str) -> tuple[ModelSection, dict[str, Any]]:
             training = self.recipe.training_of(name).model_dump(exclude={"keep_optimizer_state"})
             return self.recipe.arms[name].model, training
 

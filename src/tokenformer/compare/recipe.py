@@ -14,6 +14,7 @@ from ..data.text import DataSection
 from ..errors import RecipeError
 from ..growth.grow import Amount
 from ..sections import Section, parse_sections, read_yaml
+from ..training.model import ModelSection
 from ..training.recipe import TrainingSection
 from .methods import METHODS
 
@@ -56,7 +57,7 @@ class ArmStage(Section):
 class Arm(Section):
     """One contestant: a model, and how it grows."""
 
-    model: dict[str, Any]
+    model: ModelSection
     """`architecture` (tokenformer, gpt_neox, …) and fields of its configuration in transformers' names; the vocabulary
     comes from the tokenizer, the context from `training.sequence_length`, and embeddings are tied unless it says so."""
     stages: list[ArmStage] = Field([])

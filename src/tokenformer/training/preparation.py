@@ -18,7 +18,6 @@ from ..data.tokenizer import vocabulary_size
 from ..errors import CheckpointError, GrowthError, RecipeError, TokenizerError
 from ..growth.freeze import freeze_only
 from ..growth.grow import grow
-from ..models.configuration_tokenformer import TokenformerConfig
 from .recipe import Recipe, TrainingSection, parse_recipe
 
 # Fields of TrainingArguments that do nothing beside our optimizer, schedule and validation; those that break resuming.
@@ -70,19 +69,24 @@ def prepare_run(recipe: Recipe, run: Path) -> TextData:
     tokenizer = load_tokenizer(initial, config) if initial is not None and config is not None else None
     length = recipe.training.sequence_length
     data = prepare(recipe.data, sequence_length=length, tokenizer_folder=run / "tokenizer", tokenizer=tokenizer)
-    if config is not None and vocabulary_size(data.tokenizer) > config.vocab_size:
+    if config is None:
+        config = first_config(recipe, data)
+    if vocabulary_size(data.tokenizer) > config.vocab_size:
+        remedy = (
+            "take vocab_size out of model" if initial is None else "name the one it was trained with as data.tokenizer"
+        )
         raise TokenizerError(
             f"the ids of tokenizer {recipe.data.tokenizer} go up to {vocabulary_size(data.tokenizer) - 1}, and the "
-            f"embedding of {initial} has {config.vocab_size} rows: name the one it was trained with as data.tokenizer"
+            f"embedding of {initial or 'the model'} has {config.vocab_size} rows: {remedy}"
         )
-    if config is not None and config.model_type != "tokenformer" and length > config.max_position_embeddings:
+    if config.model_type != "tokenformer" and length > config.max_position_embeddings:
         raise RecipeError(
             f"training.sequence_length is {length}, more than the {config.max_position_embeddings} text tokens that "
-            f"the model in {initial} can read"
+            f"the model{f' in {initial}' if initial else ''} can read"
         )
     training_arguments(recipe.training, run, steps=1, seed=recipe.seed)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config or first_config(recipe, data))
+        model = AutoModelForCausalLM.from_config(config)
         for i, stage in enumerate(recipe.stages):
             try:
                 if stage.growth:
@@ -103,14 +107,23 @@ def frozen_parts(frozen: list[str] | None, config: Any) -> list[str]:
     return frozen if frozen is not None else list(getattr(config, "frozen", None) or [])
 
 
-def first_config(recipe: Recipe, data: TextData) -> TokenformerConfig:
-    """Return the first stage's configuration: the recipe's sizes, the tokenizer's vocabulary."""
-    return recipe.model.config(
-        vocab_size=vocabulary_size(data.tokenizer),
-        max_position_embeddings=recipe.training.sequence_length,
-        eos_token_id=data.tokenizer.eos_token_id,
-        bos_token_id=data.tokenizer.eos_token_id,
-    )
+def first_config(recipe: Recipe, data: TextData) -> Any:
+    """Return the first stage's configuration: the recipe's sizes, the tokenizer's vocabulary, embeddings tied.
+
+    Raises:
+        RecipeError: sizes that make no model.
+    """
+    end = data.tokenizer.eos_token_id
+    try:
+        return recipe.model.config(
+            vocab_size=vocabulary_size(data.tokenizer),
+            max_position_embeddings=recipe.training.sequence_length,
+            tie_word_embeddings=True,
+            eos_token_id=end,
+            bos_token_id=end,
+        )
+    except ValueError as error:
+        raise RecipeError(f"model: {error}") from error
 
 
 def training_arguments(t: TrainingSection, output: Path, *, steps: int, seed: int) -> TrainingArguments:

@@ -5,23 +5,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, field_validator, model_validator
-from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from .. import cost
 from ..data.text import DataSection
-from ..errors import RecipeError
-from ..growth.architectures import ARCHITECTURES
 from ..growth.grow import Amount
-from ..models.configuration_tokenformer import PRESETS, TokenformerConfig
 from ..sections import Section, parse_sections, read_sections
+from .model import ModelSection
 
 EXAMPLE = """\
 # tokenformer train THIS_FILE
@@ -41,59 +34,14 @@ stages:
 """
 
 
-class ModelSection(Section):
+class StartSection(ModelSection):
     """The model of the first stage."""
 
-    preset: str | None = None
-    """Sizes to start from, such as "1m-parallel"; fields below override it. `tokenformer recipe` lists the presets."""
-    hidden_size: int | None = Field(None, gt=0)
-    """Width of the residual stream."""
-    num_hidden_layers: int | None = Field(None, gt=0)
-    """Blocks."""
-    num_attention_heads: int | None = Field(None, gt=0)
-    """Attention heads; they divide hidden_size."""
-    qkv_param_tokens: int | None = Field(None, ge=0)
-    """Parameter tokens of each of the query, key and value projections; 0 makes plain linear maps."""
-    output_param_tokens: int | None = Field(None, ge=0)
-    """Parameter tokens of the attention's output projection; 0 makes a plain linear map."""
-    ffn_param_tokens: int | None = Field(None, ge=0)
-    """Parameter tokens of the feed-forward."""
-    norm_activation_type: Literal["l2_norm_gelu", "gelu_l2_norm", "gelu_l1_norm", "softmax", "gelu"] | None = None
-    """How scores become weights; l2_norm_gelu is the paper's."""
-    qkv_tau: float | None = Field(None, gt=0)
-    """Constant τ of the query, key and value projections. Default: √n of their parameter tokens. Growth keeps it, so a
-    model that will grow does best to begin with √n of those it grows to (docs/compare.md)."""
-    output_tau: float | None = Field(None, gt=0)
-    """Likewise of the attention's output."""
-    ffn_tau: float | None = Field(None, gt=0)
-    """Likewise of the feed-forward."""
-    elementwise_affine: bool | None = None
-    """Give the norms in the blocks weights and biases. Default: no (paper)."""
-    use_qk_norm: bool | None = None
-    """Divide each head's query and key by their root mean square, before the rotary embedding. Default: no (paper)."""
-    use_parallel_residual: bool | None = None
-    """Let attention and feed-forward both read the block's input, as in GPT-NeoX. Default: no (paper)."""
-    value_initializer_range: float | None = Field(None, gt=0)
-    """Standard deviation of new values, of the first stage and of growth. Default: 2 / (blocks · √hidden_size)."""
     checkpoint: str | None = None
     """Folder of a checkpoint to start from instead: its weights, its tokenizer. No field above goes with it."""
 
-    def config(self, **derived: Any) -> TokenformerConfig:
-        """Return the configuration; `derived` holds what data and tokenizer decide.
-
-        Raises:
-            RecipeError: sizes that make no model.
-        """
-        given = self.model_dump(exclude={"preset", "checkpoint"}, exclude_none=True)
-        try:
-            return TokenformerConfig(**{**(PRESETS[self.preset] if self.preset else {}), **derived, **given})
-        except (ValueError, TypeError, StrictDataclassError) as error:
-            raise RecipeError(f"model: {error.__cause__ or error}") from error
-
     @model_validator(mode="after")
-    def _known_preset(self) -> ModelSection:
-        if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}")
+    def _nothing_beside_a_checkpoint(self) -> StartSection:
         if self.checkpoint is not None and self.model_fields_set != {"checkpoint"}:
             others = ", ".join(sorted(self.model_fields_set - {"checkpoint"}))
             raise ValueError(f"checkpoint brings its own sizes; take out {others}, or grow in a stage")
@@ -195,7 +143,7 @@ class Stage(Section):
 class Recipe(Section):
     """A whole run."""
 
-    model: ModelSection
+    model: StartSection
     """The first stage's model."""
     data: DataSection
     """The text."""
@@ -216,42 +164,6 @@ class Recipe(Section):
         return self
 
 
-def model_config(model: dict[str, Any], **derived: Any) -> Any:
-    """Return the configuration of a model of any architecture whose token groups are known.
-
-    Args:
-        model: `architecture` (default: tokenformer) and fields of its configuration in transformers' names, which may
-            change a `preset`.
-        derived: fields that `model` decides where it has them.
-
-    Raises:
-        ValueError: unknown architecture, preset or field (names the nearest), or sizes that make no model.
-    """
-    given = dict(model)
-    architecture, preset = given.pop("architecture", "tokenformer"), given.pop("preset", None)
-    if architecture not in list(ARCHITECTURES):
-        raise ValueError(f"there is no architecture {architecture!r}; there are {', '.join(ARCHITECTURES)}")
-    if preset is not None:
-        if preset not in list(PRESETS):
-            raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
-        if architecture != "tokenformer":
-            raise ValueError(f"presets are sizes of TokenFormers; take out preset or architecture {architecture!r}")
-        given = {**PRESETS[preset], **given}
-    kind = CONFIG_MAPPING[architecture]
-    # Without most of what every configuration has: `architectures`, a likely slip, is one of those.
-    known = {*kind.attribute_map, *_names(kind)} - (_names(PreTrainedConfig) - {"tie_word_embeddings"})
-    for name in given.keys() - known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{architecture!r} models have no {name!r}{hint}")
-    try:
-        config = kind(**{**derived, **given})
-        cost.parameters(config)
-    except (ValueError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
-        raise ValueError(f"these sizes make no model: {error.__cause__ or error}") from error
-    return config
-
-
 def load_recipe(path: str | Path) -> Recipe:
     """Read a YAML recipe; errors as in `read_sections`."""
     return read_sections(Recipe, path)
@@ -260,7 +172,3 @@ def load_recipe(path: str | Path) -> Recipe:
 def parse_recipe(content: dict[str, Any], *, where: str = "recipe") -> Recipe:
     """Check a recipe given as nested dictionaries; errors as in `read_sections`."""
     return parse_sections(Recipe, content, where=where)
-
-
-def _names(config: type[Any]) -> set[str]:
-    return {field.name for field in dataclasses.fields(config)}

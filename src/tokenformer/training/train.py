@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from ..checkpoints.checkpoint import load_checkpoint
 from ..checkpoints.lineage import Lineage
 from ..checkpoints.optimizer import OptimizerState, load_states
 from ..data.text import TextData
 from ..errors import CheckpointError, DataError
-from ..models.modeling_tokenformer import TokenformerForCausalLM
 from .lock import locked
 from .log import Log, OnEvent, read_log
 from .partial import unfinished
@@ -109,7 +109,7 @@ def _start(
     """Build what a stage starts from, out of files and seeds alone."""
     torch.manual_seed(seed)
     if previous is None:
-        return TokenformerForCausalLM(first_config(recipe, data)), {}, Lineage()
+        return AutoModelForCausalLM.from_config(first_config(recipe, data), dtype=torch.float32), {}, Lineage()
     model, _, lineage = load_checkpoint(previous, dtype=torch.float32)
     if model.config.model_type == "tokenformer":
         model.config.max_position_embeddings = max(

@@ -1,0 +1,102 @@
+"""The grammar of `model:` in recipes, comparisons and plans: any architecture in the table, with random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any, Literal
+
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import ConfigDict, Field, model_validator
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from .. import cost
+from ..growth.architectures import ARCHITECTURES
+from ..models.configuration_tokenformer import PRESETS, TokenformerConfig
+from ..sections import Section
+
+
+class ModelSection(Section):
+    """A model: the sizes of a TokenFormer, or of another architecture in transformers' names."""
+
+    model_config = ConfigDict(extra="allow")
+
+    architecture: str = "tokenformer"
+    """Kind of model, such as llama or gpt_neox; another than tokenformer takes the fields of its configuration in
+    transformers' names."""
+    preset: str | None = None
+    """Sizes to start from, such as "1m-parallel"; fields below override it. `tokenformer recipe` lists the presets."""
+    hidden_size: int | None = Field(None, gt=0)
+    """Width of the residual stream."""
+    num_hidden_layers: int | None = Field(None, ge=0)
+    """Blocks."""
+    num_attention_heads: int | None = Field(None, gt=0)
+    """Attention heads; they divide hidden_size."""
+    qkv_param_tokens: int | None = Field(None, ge=0)
+    """Parameter tokens of each of the query, key and value projections; 0 makes plain linear maps."""
+    output_param_tokens: int | None = Field(None, ge=0)
+    """Parameter tokens of the attention's output projection; 0 makes a plain linear map."""
+    ffn_param_tokens: int | None = Field(None, ge=0)
+    """Parameter tokens of the feed-forward."""
+    norm_activation_type: Literal["l2_norm_gelu", "gelu_l2_norm", "gelu_l1_norm", "softmax", "gelu"] | None = None
+    """How scores become weights; l2_norm_gelu is the paper's."""
+    qkv_tau: float | None = Field(None, gt=0)
+    """Constant τ of the query, key and value projections. Default: √n of their parameter tokens. Growth keeps it, so a
+    model that will grow does best to begin with √n of those it grows to (docs/compare.md)."""
+    output_tau: float | None = Field(None, gt=0)
+    """Likewise of the attention's output."""
+    ffn_tau: float | None = Field(None, gt=0)
+    """Likewise of the feed-forward."""
+    elementwise_affine: bool | None = None
+    """Give the norms in the blocks weights and biases. Default: no (paper)."""
+    use_qk_norm: bool | None = None
+    """Divide each head's query and key by their root mean square, before the rotary embedding. Default: no (paper)."""
+    use_parallel_residual: bool | None = None
+    """Let attention and feed-forward both read the block's input, as in GPT-NeoX. Default: no (paper)."""
+    value_initializer_range: float | None = Field(None, gt=0)
+    """Standard deviation of new values, of the first stage and of growth. Default: 2 / (blocks · √hidden_size)."""
+
+    def config(self, **derived: Any) -> Any:
+        """Return the configuration; `derived` goes before the preset, and what the section says itself before both.
+
+        Raises:
+            ValueError: sizes that make no model.
+        """
+        given = self.model_dump(exclude=self._own(), exclude_none=True, exclude_unset=True)
+        preset = PRESETS[self.preset] if self.preset else {}
+        kind = CONFIG_MAPPING[self.architecture]
+        derived = {name: value for name, value in derived.items() if kind.attribute_map.get(name, name) not in given}
+        try:
+            config = kind(**{**preset, **derived, **given})
+            cost.parameters(config)
+        except (ValueError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
+            raise ValueError(f"these sizes make no model: {error.__cause__ or error}") from error
+        return config
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> ModelSection:
+        if self.architecture not in list(ARCHITECTURES):
+            raise ValueError(f"there is no architecture {self.architecture!r}; there are {', '.join(ARCHITECTURES)}")
+        if self.preset is not None and self.preset not in list(PRESETS):
+            raise ValueError(f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}")
+        if self.preset is not None and self.architecture != "tokenformer":
+            raise ValueError(
+                f"presets are sizes of TokenFormers; take out preset or architecture {self.architecture!r}"
+            )
+        kind = CONFIG_MAPPING[self.architecture]
+        # Without most of what every configuration has: `architectures`, a likely slip, is one of those.
+        known = {*kind.attribute_map, *_names(kind)} - (_names(PreTrainedConfig) - {"tie_word_embeddings"})
+        for name in sorted(self.model_fields_set - known - self._own()):
+            near = difflib.get_close_matches(name, known | self._own(), n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{self.architecture!r} models have no {name!r}{hint}")
+        return self
+
+    @classmethod
+    def _own(cls) -> set[str]:
+        """Fields that are no field of a configuration."""
+        return set(cls.model_fields) - _names(TokenformerConfig)
+
+
+def _names(config: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
