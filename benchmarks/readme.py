@@ -89,9 +89,12 @@ def costs() -> str:
     speeds = [ratio("decode speed/gpt_neox", what="decode", family=f, **float32) for f in ("paper", "ffn")]
     grown = next(r for r in reversed(lines("rewrite")) if r["operation"] == "grow" and r["source_bytes"] > 1e9)
     seconds, memory = statistics.median(grown["seconds"]), grown["peak"] / 1e9
+    (installed,) = {r["way"]: r for r in lines("install") if (r["way"], r["step"]) == ("uv", "demo")}.values()
     rows = [
         "| what | beside what | cost |",
         "|---|---|--:|",
+        "| installing for `make demo`, from wheels on the disk, on two busy cores | "
+        f"| {installed['seconds_so_far']:.0f} s, {installed['megabytes']:,} MB |",
         f"| a `Pattention` with 3,072 parameter tokens, both passes | a GELU MLP of that size | {layer} the time |",
         f"| a training step, parameter tokens everywhere | a GPT-NeoX of that size | {steps[0]} the time |",
         f"| a training step, parameter tokens in the feed-forward | the same | {steps[1]} the time |",
@@ -100,6 +103,16 @@ def costs() -> str:
         f"| growing a checkpoint of 1.5B parameters on disk | copying its files "
         f"| {grown['ratio']:.2f} × the time: {seconds:.0f} s, {memory:.2f} GB of memory |",
     ]
+    return "\n".join(rows)
+
+
+def installing() -> str:
+    """Return a row per way and step of installing: its newest measurement."""
+    newest = {(r["way"], r["step"]): r for r in lines("install")}
+    rows = ["| way | up to | seconds | packages | MB on disk | load of the machine |", "|---|---|--:|--:|--:|--:|"]
+    for (way, step), r in newest.items():
+        size, load = f"{r['packages']} | {r['megabytes']:,}", f"{r['load_before']:.1f}"
+        rows.append(f"| {way} | {step} | {r['seconds_so_far']:.0f} | {size} | {load} |")
     return "\n".join(rows)
 
 
@@ -177,7 +190,7 @@ PAGES: dict[str, tuple[Callable[[], str], ...]] = {
     "docs/compare.md": (advice, comparisons),
     "docs/ecosystem.md": (ecosystem, convert),
     "docs/results/knowledge.md": (merging, smollm2_results, continual_results, routing),
-    "docs/results/speed.md": (demo, benchmarks, rewriting),
+    "docs/results/speed.md": (demo, benchmarks, rewriting, installing),
 }
 
 
