@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .growth.architectures import architecture_of, group_names, places, token_groups
@@ -17,7 +17,7 @@ from .growth.neurons import GroupedLinear
 from .growth.state import read_map
 
 
-def group_parameters(config: Any) -> dict[str, int]:
+def group_parameters(config: PreTrainedConfig) -> dict[str, int]:
     """Parameters in each token group: keys and values of all its tokens in all blocks, with biases."""
     state, counts = _model(config).state_dict(), dict.fromkeys(group_names(config), 0)
     for block, token_map in places(config):
@@ -26,7 +26,7 @@ def group_parameters(config: Any) -> dict[str, int]:
     return counts
 
 
-def group_tokens(config: Any) -> dict[str, int]:
+def group_tokens(config: PreTrainedConfig) -> dict[str, int]:
     """Parameter tokens in each token group, over all projections and blocks."""
     listed = list(places(config))
     return {
@@ -35,22 +35,22 @@ def group_tokens(config: Any) -> dict[str, int]:
     }
 
 
-def parameters(config: Any) -> int:
+def parameters(config: PreTrainedConfig) -> int:
     """All trainable numbers, a tied embedding counted once."""
     return sum(p.numel() for p in _model(config).parameters())
 
 
-def matrix_parameters(config: Any) -> int:
+def matrix_parameters(config: PreTrainedConfig) -> int:
     """Parameters that multiply every text token: the weights of all linear maps, the output head among them."""
     return sum(m.weight.numel() for m in _model(config).modules() if isinstance(m, nn.Linear | Conv1D))
 
 
-def block_parameters(config: Any) -> int:
+def block_parameters(config: PreTrainedConfig) -> int:
     """Weights of the linear maps in the blocks: without embedding and output head."""
     return matrix_parameters(config) - config.vocab_size * config.hidden_size
 
 
-def forward_flops(config: Any, context: int) -> float:
+def forward_flops(config: PreTrainedConfig, context: int) -> float:
     """FLOPs per text token of one forward pass over `context` text tokens.
 
     2N + 4·layers·width·context (paper, table 3), N including the output head, width that of all attention heads;
@@ -59,12 +59,12 @@ def forward_flops(config: Any, context: int) -> float:
     return 2.0 * matrix_parameters(config) + config.num_hidden_layers * _attention_flops(config, context)
 
 
-def training_flops(config: Any, context: int) -> float:
+def training_flops(config: PreTrainedConfig, context: int) -> float:
     """FLOPs per text token of forward and backward where all of a model trains: three forward passes."""
     return 3.0 * forward_flops(config, context)
 
 
-def training_flops_of(model: Any, context: int) -> float:
+def training_flops_of(model: PreTrainedModel, context: int) -> float:
     """FLOPs per text token of forward and backward of a model in memory, whose frozen parts may save some.
 
     Every map multiplies once forward, once for the gradient of its weight where that trains, and once for the gradient
@@ -104,19 +104,19 @@ def _reached(model: nn.Module, modules: Collection[nn.Module]) -> set[nn.Module]
     return reached
 
 
-def _attention_flops(config: Any, context: int) -> float:
+def _attention_flops(config: PreTrainedConfig, context: int) -> float:
     """FLOPs per text token of one block's scores, and of its sums of values."""
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     return 4.0 * width * context
 
 
-def training_bytes(config: Any) -> int:
+def training_bytes(config: PreTrainedConfig) -> int:
     """Bytes of float32 weights, gradients and AdamW's two moments; activations come on top."""
     return 16 * parameters(config)
 
 
-def _model(config: Any) -> nn.Module:
+def _model(config: PreTrainedConfig) -> nn.Module:
     """Return the model without its weights."""
     architecture_of(config)
     return _built(config.to_json_string(use_diff=False))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .batches import batches
 from .checkpoints.checkpoint import check_tokenizer
@@ -105,7 +105,7 @@ def evaluate_text(
     return evaluate(model, blocks, num_bytes=utf8_bytes(documents), batch_size=batch_size)
 
 
-def default_block_length(config: Any) -> int:
+def default_block_length(config: PreTrainedConfig) -> int:
     """Return the text tokens of a text block to judge a model by where nobody says: its context, at most 2,048."""
     return min(config.max_position_embeddings, 2048)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import EvaluationError, GrowthError, MissingExtraError
 from .growth.architectures import architecture_of
@@ -76,7 +76,7 @@ class Explanation:
     top: tuple[Contribution, ...]
 
 
-def explain(model: Any, input_ids: Tensor, *, target: int | None = None, top: int = 20) -> Explanation:
+def explain(model: PreTrainedModel, input_ids: Tensor, *, target: int | None = None, top: int = 20) -> Explanation:
     """Find the parameter tokens that mattered most for the text token after a prompt.
 
     A contribution is weight × gradient of the target's logit by that weight, summed over the prompt's text tokens; it
@@ -160,7 +160,7 @@ def explain(model: Any, input_ids: Tensor, *, target: int | None = None, top: in
 
 @torch.no_grad()
 def promotes(
-    model: Any, block: int, map_name: str, group: str, index: int, *, weight: float = 1.0, top: int = 5
+    model: PreTrainedModel, block: int, map_name: str, group: str, index: int, *, weight: float = 1.0, top: int = 5
 ) -> tuple[int, ...]:
     """Return the text tokens whose logits a value raises most, read through the final norm and the head alone.
 

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, GrowthError
 from ..growth.architectures import Groups, architecture_of, check_known, group_names, places, token_groups
@@ -49,7 +50,7 @@ class Addon:
     tensors: str
 
 
-def split(model: Any, group: str, output: str | Path, *, force: bool = False) -> Path:
+def split(model: PreTrainedModel, group: str, output: str | Path, *, force: bool = False) -> Path:
     """Write one token group of a model in memory to an add-on file, which holds nothing of the parent.
 
     Args:
@@ -67,7 +68,7 @@ def split(model: Any, group: str, output: str | Path, *, force: bool = False) ->
     return split_state(model.config, model.state_dict(), group, output, force=force)
 
 
-def split_state(config: Any, state: State, group: str, output: str | Path, *, force: bool = False) -> Path:
+def split_state(config: PreTrainedConfig, state: State, group: str, output: str | Path, *, force: bool = False) -> Path:
     """Do what `split` does with a model's tensors by name, which may be read from files; errors as there."""
     file = Path(output)
     if file.suffix != ".safetensors":
@@ -101,7 +102,7 @@ def split_state(config: Any, state: State, group: str, output: str | Path, *, fo
     return file
 
 
-def attach(model: Any, file: str | Path, *, name: str | None = None) -> None:
+def attach(model: PreTrainedModel, file: str | Path, *, name: str | None = None) -> None:
     """Put the token group of an add-on onto a model in memory, in place.
 
     Args:
@@ -117,7 +118,7 @@ def attach(model: Any, file: str | Path, *, name: str | None = None) -> None:
     apply(model, attach_operation(model.config, model.state_dict(), file, name=name))
 
 
-def attach_operation(config: Any, state: State, file: str | Path, *, name: str | None = None) -> Operation:
+def attach_operation(config: PreTrainedConfig, state: State, file: str | Path, *, name: str | None = None) -> Operation:
     """Return what `attach` does to a model with these tensors; errors as there."""
     addon, tensors = _read(Path(file))
     _check_parent(config, state, addon, Path(file))
@@ -156,7 +157,7 @@ def _read(file: Path) -> tuple[Addon, Mapping[str, Tensor]]:
     return addon, stored
 
 
-def _check_parent(config: Any, state: State, addon: Addon, file: Path) -> None:
+def _check_parent(config: PreTrainedConfig, state: State, addon: Addon, file: Path) -> None:
     if addon.model_type != config.model_type:
         raise GrowthError(f"{file} belongs to a {addon.model_type!r} model; this is a {config.model_type!r} model")
     digest = content_digest(config, state, addon.parent_groups)

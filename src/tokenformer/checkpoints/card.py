@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from huggingface_hub import ModelCardData
+from transformers import PreTrainedConfig
 
 from .. import cost
 from ..growth.architectures import GroupEntry, token_groups
@@ -12,7 +11,7 @@ from .lineage import Event, Lineage
 
 _LOADING = """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 folder = "."  # this folder, or the name it has on the Hub
 model = AutoModelForCausalLM.from_pretrained(folder{trust})
@@ -27,7 +26,7 @@ _ORDINARY = """\
 An ordinary {kind} language model, which every tool loads; the neurons of its feed-forward are kept by token group"""
 
 
-def model_card(config: Any, lineage: Lineage, *, license: str | None = None) -> str:
+def model_card(config: PreTrainedConfig, lineage: Lineage, *, license: str | None = None) -> str:
     """Write the card as Markdown with the Hub's metadata on top.
 
     Args:

@@ -23,6 +23,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -58,7 +60,7 @@ OnProgress = Callable[[int, int], None]
 
 def save_checkpoint(
     path: str | Path,
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     lineage: Lineage | Callable[[], Lineage] | None = None,
     *,
@@ -108,7 +110,7 @@ def save_checkpoint(
     return written
 
 
-def _save_streamed(folder: Path, model: Any, weights: Weights, on_progress: OnProgress) -> str:
+def _save_streamed(folder: Path, model: PreTrainedModel, weights: Weights, on_progress: OnProgress) -> str:
     """Do what `save_pretrained` does for a model whose weights come shard by shard; returns their digest."""
     config = model.config
     shapes = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
@@ -204,7 +206,7 @@ def is_old_buffer(name: str) -> bool:
     return name.endswith(("rotary_emb.inv_freq", ".attn.masked_bias"))
 
 
-def load_tokenizer(path: str | Path, config: Any) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(path: str | Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
     """Read the tokenizer kept with a checkpoint, or return None where there is none.
 
     A bare tokenizer.json does not say which entry ends a text; the configuration does.
@@ -226,7 +228,7 @@ def load_tokenizer(path: str | Path, config: Any) -> PreTrainedTokenizerBase | N
     return tokenizer
 
 
-def _bare_tokenizer(file: Path, config: Any) -> PreTrainedTokenizerBase:
+def _bare_tokenizer(file: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
     for name in ("bos_token", "eos_token", "pad_token"):
         index = getattr(config, f"{name}_id", None)
@@ -236,7 +238,7 @@ def _bare_tokenizer(file: Path, config: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, *, where: str) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, *, where: str) -> None:
     """Raise TokenizerError if the tokenizer `where` has an id that the model has no embedding for."""
     needed = vocabulary_size(tokenizer)
     if needed > config.vocab_size:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..errors import CheckpointError, GrowthError
 from ..growth.architectures import Groups, architecture_of, group_names
@@ -73,7 +73,7 @@ class Stored:
     """
 
     path: Path
-    config: Any
+    config: PreTrainedConfig
     tensors: StoredTensors
     dtype: torch.dtype
     empty: Any
@@ -131,7 +131,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _without_weights(config: Any, dtype: torch.dtype | None = None) -> Any:
+def _without_weights(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Any:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 

@@ -14,6 +14,8 @@ from rich.console import Console
 from .arguments import Checkpoint, Force, Json, Output, Parts, Text, check_checkpoint
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from ..growth.architectures import GroupEntry
 
 groups = typer.Typer()
@@ -420,7 +422,7 @@ def _facts(checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def _notes(config: Any, group: GroupEntry) -> list[str]:
+def _notes(config: PreTrainedConfig, group: GroupEntry) -> list[str]:
     from ..growth.architectures import frozen_names
 
     notes = [f"with blocks {', '.join(map(str, group.blocks))}"] if group.blocks else []

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from .. import cost
 from ..errors import EvaluationError
@@ -21,7 +21,7 @@ TOLERANCE = 0.01
 _TIMED_STEPS = 10
 
 
-def counted_flops(model: Any, context: int) -> float:
+def counted_flops(model: PreTrainedModel, context: int) -> float:
     """Count the FLOPs per text token of one forward and backward pass over `context` text tokens.
 
     torch's counter watches the real modules, frozen ones included, with attention written out: its kernels on CPUs are
@@ -47,7 +47,7 @@ def counted_flops(model: Any, context: int) -> float:
     return counted
 
 
-def optimizer_flops(model: Any, training: TrainingSection) -> float:
+def optimizer_flops(model: PreTrainedModel, training: TrainingSection) -> float:
     """Count the FLOPs of the matrix products in one optimizer step: none of AdamW's, many of Muon's."""
     if training.optimizer == "adamw":
         return 0.0
@@ -60,13 +60,13 @@ def optimizer_flops(model: Any, training: TrainingSection) -> float:
     return counter.get_total_flops()
 
 
-def flops_per_step(model: Any, training: TrainingSection) -> float:
+def flops_per_step(model: PreTrainedModel, training: TrainingSection) -> float:
     """Count the FLOPs of a training step: forward, backward, and what the optimizer multiplies."""
     text_tokens = training.batch_size * training.sequence_length
     return text_tokens * counted_flops(model, training.sequence_length) + optimizer_flops(model, training)
 
 
-def cost_per_step(model: Any, training: TrainingSection, unit: Unit) -> float:
+def cost_per_step(model: PreTrainedModel, training: TrainingSection, unit: Unit) -> float:
     """Return what a training step costs, in `unit`.
 
     Seconds are the median of ten steps' forward and backward passes, timed now.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.optimizer import OptimizerState
 from ..errors import GrowthError
@@ -43,7 +44,7 @@ class Method:
     model_types: tuple[str, ...]
 
 
-def grow_by(model: Any, states: OptimizerState, method: str, *, seed: int, **amounts: Any) -> Grown:
+def grow_by(model: PreTrainedModel, states: OptimizerState, method: str, *, seed: int, **amounts: Any) -> Grown:
     """Grow `model` by a row of `METHODS`; the result says what the optimizer remembers.
 
     Args:
@@ -76,7 +77,9 @@ def grow_by(model: Any, states: OptimizerState, method: str, *, seed: int, **amo
         return row.grow(model, states_by_group(model, states), **asked)
 
 
-def _exact(model: Any, states: OptimizerState, *, token_group_norm: str | None = None, **amounts: Any) -> Grown:
+def _exact(
+    model: PreTrainedModel, states: OptimizerState, *, token_group_norm: str | None = None, **amounts: Any
+) -> Grown:
     """`tokenformer.grow`: bit for bit the same outputs.
 
     Of a GPT-NeoX: neurons whose output columns are zero; blocks whose last maps are zero (LLaMA Pro, arXiv 2401.02415).
@@ -85,7 +88,7 @@ def _exact(model: Any, states: OptimizerState, *, token_group_norm: str | None =
 
 
 def _departing(
-    model: Any, states: OptimizerState, *, random_keys: bool, recomputed_tau: bool, **counts: Amount
+    model: PreTrainedModel, states: OptimizerState, *, random_keys: bool, recomputed_tau: bool, **counts: Amount
 ) -> Grown:
     """Grow as `exact` without one or both of what keeps the outputs: zero keys, and the old τ.
 
@@ -112,7 +115,7 @@ def _departing(
     return model, states
 
 
-def _hyperclone(model: Any, states: OptimizerState, *, factor: int) -> Grown:
+def _hyperclone(model: PreTrainedModel, states: OptimizerState, *, factor: int) -> Grown:
     """Multiply hidden size, heads and neurons by `factor`: HyperCloning (arXiv 2409.12903), its noisy symmetric form.
 
     Every activation becomes `factor` equal copies and every map W blocks of W / factor, plus noise that cancels over
@@ -166,7 +169,7 @@ def _cancelling_noise(weight: Tensor, factor: int) -> Tensor:
     return noise * (weight.norm() / noise.norm() * 10 ** (-_SIGNAL_TO_NOISE_DB / 20))
 
 
-def _stack(model: Any, states: OptimizerState, *, num_hidden_layers: Amount) -> Grown:
+def _stack(model: PreTrainedModel, states: OptimizerState, *, num_hidden_layers: Amount) -> Grown:
     """Repeat the list of blocks, weights and all: G_stack (arXiv 2405.15319); outputs change.
 
     From one block it is one-layer expansion (arXiv 2511.04981). The copies are new to the optimizer; the official code
@@ -182,7 +185,7 @@ def _stack(model: Any, states: OptimizerState, *, num_hidden_layers: Amount) -> 
     return _append(model, sources, [copy.deepcopy(old[source]) for source in sources[depth:]]), states
 
 
-def _random_blocks(model: Any, states: OptimizerState, *, num_hidden_layers: Amount) -> Grown:
+def _random_blocks(model: PreTrainedModel, states: OptimizerState, *, num_hidden_layers: Amount) -> Grown:
     """Put blocks on top, drawn as those of a new model of that depth; outputs change.
 
     From no block it is zero-layer expansion (arXiv 2511.04981).
@@ -194,7 +197,7 @@ def _random_blocks(model: Any, states: OptimizerState, *, num_hidden_layers: Amo
     return _append(model, sources, row.blocks_of(new)[depth:]), states
 
 
-def _depths(model: Any, asked: Amount) -> tuple[int, int]:
+def _depths(model: PreTrainedModel, asked: Amount) -> tuple[int, int]:
     depth = model.config.num_hidden_layers
     total = resolve_amount(asked, depth, what="num_hidden_layers")
     if total == depth:
@@ -202,7 +205,7 @@ def _depths(model: Any, asked: Amount) -> tuple[int, int]:
     return depth, total
 
 
-def _append(model: Any, sources: list[int], new: Iterable[nn.Module]) -> Any:
+def _append(model: PreTrainedModel, sources: list[int], new: Iterable[nn.Module]) -> Any:
     """Put blocks on top; `sources` names for each block afterwards the old one whose token counts it has."""
     config, row = model.config, architecture_of(model.config)
     config.__dict__.update(with_groups(config, token_groups(config), blocks=sources).__dict__)
@@ -216,7 +219,7 @@ def _append(model: Any, sources: list[int], new: Iterable[nn.Module]) -> Any:
     return model
 
 
-def _fresh(model: Any, config: Any) -> Any:
+def _fresh(model: PreTrainedModel, config: PreTrainedConfig) -> Any:
     """Make a model of the kind, mode, dtype and device of `model`, initialised as its architecture does."""
     new = type(model)._from_config(config, dtype=model.dtype)
     return new.to(model.device).train(model.training)

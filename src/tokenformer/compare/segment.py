@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .. import cost
 from ..batches import batches
@@ -118,7 +118,7 @@ def _previous(
 
 
 def _grow(
-    segment: Segment, model: Any, states: OptimizerState, text: Text, training: TrainingSection
+    segment: Segment, model: PreTrainedModel, states: OptimizerState, text: Text, training: TrainingSection
 ) -> tuple[Any, OptimizerState, Line]:
     """Grow, and say what it did to size, loss and logits."""
     assert segment.growth is not None
@@ -170,7 +170,7 @@ def stage_settings(
     )
 
 
-def _per_step(segment: Segment, model: Any, training: TrainingSection, place: Path) -> float:
+def _per_step(segment: Segment, model: PreTrainedModel, training: TrainingSection, place: Path) -> float:
     """Return what a step costs; a measured time is kept, so that resuming cuts the segment alike."""
     kept = place / "per_step.json"
     if kept.exists():
@@ -181,7 +181,7 @@ def _per_step(segment: Segment, model: Any, training: TrainingSection, place: Pa
     return found
 
 
-def _evaluate(model: Any, data: TextData, training: TrainingSection) -> Evaluation:
+def _evaluate(model: PreTrainedModel, data: TextData, training: TrainingSection) -> Evaluation:
     return validate(model.to(torch.accelerator.current_accelerator() or "cpu"), data, training)
 
 

@@ -16,11 +16,10 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GPTNeoXConfig
+from transformers import GPTNeoXConfig, PreTrainedConfig
 
 from ..checkpoints.checkpoint import OnProgress, load_tokenizer, save_checkpoint
 from ..checkpoints.files import check_target
@@ -125,7 +124,7 @@ def convert_transformer(
     )
 
 
-def check_expressible(config: Any, *, where: str) -> None:
+def check_expressible(config: PreTrainedConfig, *, where: str) -> None:
     """Raise ConversionError, saying why, where a model is no GPT-NeoX or has what a TokenFormer has not."""
     if config.model_type != _MODEL_TYPE:
         raise ConversionError(

@@ -251,7 +251,7 @@ def merge_operation(
     )
 
 
-def _check_alike(config: PreTrainedConfig, other: Any) -> None:
+def _check_alike(config: PreTrainedConfig, other: PreTrainedConfig) -> None:
     """Compare what must be the same in two children of one parent."""
     ignored = {"token_groups", "token_group_norm", "frozen", "use_cache"}
     ignored |= {"dtype", "architectures", "transformers_version", "_name_or_path"}  # files have them, models need not
@@ -264,7 +264,7 @@ def _check_alike(config: PreTrainedConfig, other: Any) -> None:
         raise GrowthError(f"these models are not children of one parent: they differ in {', '.join(different)}")
 
 
-def _taus(config: PreTrainedConfig, other: Any) -> dict[str, Any]:
+def _taus(config: PreTrainedConfig, other: PreTrainedConfig) -> dict[str, Any]:
     taus = {}
     for field in (f"{projection}_tau" for projection in architecture_of(config).counts):
         a, b = getattr(config, field, None), getattr(other, field, None)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ..checkpoints.optimizer import OptimizerState
 from ..growth.architectures import architecture_of
@@ -38,7 +39,7 @@ def learning_rate(recipe: Recipe, stage: int, step: int) -> float:
     return peak * min(1.0, rise, fall)
 
 
-def states_by_group(model: Any, states: OptimizerState) -> OptimizerState:
+def states_by_group(model: PreTrainedModel, states: OptimizerState) -> OptimizerState:
     """Keep an ordinary model's neurons by token group from here on, and return `states` under their names there."""
     group_neurons(model)
     own = {name for name, _ in model.named_parameters()}
@@ -50,7 +51,7 @@ def states_by_group(model: Any, states: OptimizerState) -> OptimizerState:
     return {grouped(name): state for name, state in states.items()}
 
 
-def grow_with_states(model: Any, states: OptimizerState, **growth: Any) -> OptimizerState:
+def grow_with_states(model: PreTrainedModel, states: OptimizerState, **growth: Any) -> OptimizerState:
     """Grow `model` in place, and return `states` under the names that growing gave their parameters.
 
     Raises:
@@ -88,7 +89,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
         return loss
 
 
-def make_optimizer(model: Any, t: TrainingSection, states: OptimizerState) -> torch.optim.Optimizer:
+def make_optimizer(model: PreTrainedModel, t: TrainingSection, states: OptimizerState) -> torch.optim.Optimizer:
     """Return the optimizer of a `training` section over what trains, each parameter with its state of an earlier stage.
 
     A parameter starts afresh where it had none, where that was another optimizer's, and where the recipe says so.

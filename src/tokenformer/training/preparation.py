@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedConfig, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..checkpoints.checkpoint import load_tokenizer, read_config
@@ -102,7 +102,7 @@ def prepare_run(recipe: Recipe, run: Path) -> TextData:
     return data
 
 
-def frozen_parts(frozen: list[str] | None, config: Any) -> list[str]:
+def frozen_parts(frozen: list[str] | None, config: PreTrainedConfig) -> list[str]:
     """Return what a stage freezes: what it says, or else what the checkpoint has frozen."""
     return frozen if frozen is not None else list(getattr(config, "frozen", None) or [])
 

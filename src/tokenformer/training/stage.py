@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import Subset
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from .. import cost
@@ -130,7 +130,7 @@ def _newest_whole(place: Path) -> tuple[Path | None, list[str]]:
 
 
 def _grow(
-    model: Any, states: OptimizerState, settings: StageSettings, data: TextData, *, measured: bool
+    model: PreTrainedModel, states: OptimizerState, settings: StageSettings, data: TextData, *, measured: bool
 ) -> tuple[OptimizerState, dict[str, Any]]:
     """Grow, rename the optimizer's states along, and say what it did to the logits and, where asked, to the loss."""
     before = validate(model.eval(), data, settings.training).loss if measured else None

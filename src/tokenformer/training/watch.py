@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import reduce
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..checkpoints.lineage import Event
 from ..data.text import TextData
@@ -25,7 +25,7 @@ from .recipe import TrainingSection
 from .settings import StageSettings
 
 
-def validate(model: Any, data: TextData, training: TrainingSection) -> Evaluation:
+def validate(model: PreTrainedModel, data: TextData, training: TrainingSection) -> Evaluation:
     """Measure a model on the held-out text, as precisely as it trains."""
     return evaluate(
         model,
@@ -56,7 +56,7 @@ class Watcher(TrainerCallback):
     def __init__(
         self,
         settings: StageSettings,
-        model: Any,
+        model: PreTrainedModel,
         data: TextData,
         log: Log,
         before: Event,
