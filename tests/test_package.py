@@ -3,12 +3,14 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import typer
 
 import tokenformer
+from tokenformer.after_import import after_import
 from tokenformer.cli.app import app
 
 ROOT = Path(tokenformer.__file__).parent
@@ -68,6 +70,18 @@ def test_imports_follow_the_order_and_never_a_circle():
 
     for name in graph:
         visit(name, ())
+
+
+def test_several_may_act_after_one_import(tmp_path, monkeypatch):
+    (tmp_path / "imported_by_a_test.py").write_text("", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    acted = []
+    for who in ("first", "second"):
+        after_import("imported_by_a_test", lambda who=who: acted.append(who))
+    assert not acted
+    monkeypatch.delitem(sys.modules, "imported_by_a_test", raising=False)
+    import_module("imported_by_a_test")
+    assert acted == ["first", "second"]
 
 
 def test_models_need_nothing_else_of_ours():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
@@ -20,7 +21,7 @@ def after_import(name: str, act: Callable[[], None]) -> None:
 
 
 class _Finder:
-    """Finds one module as the other finders do, and has its loader call a function at the end."""
+    """Finds one module as the finders after it do, and has its loader call a function at the end."""
 
     def __init__(self, name: str, act: Callable[[], None]) -> None:
         self.name, self.act = name, act
@@ -30,8 +31,9 @@ class _Finder:
     ) -> ModuleSpec | None:
         if fullname != self.name:
             return None
-        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next((spec for spec in others if spec is not None), None)
+        later = itertools.islice(itertools.dropwhile(lambda finder: finder is not self, sys.meta_path), 1, None)
+        specs = (finder.find_spec(fullname, path, target) for finder in later)
+        spec = next((spec for spec in specs if spec is not None), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
