@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tokenformer import grow
 from tokenformer.errors import GrowthError
-from tokenformer.growth.architectures import group_names, token_groups
+from tokenformer.growth.architectures import frozen_names, group_names, token_groups
 from tokenformer.growth.freeze import freeze, trainable_parts, unfreeze
 from tokenformer.growth.groups import consolidate, drop, merge
 
@@ -194,6 +194,16 @@ def test_a_merged_model_shares_no_memory_with_the_other():
     unfreeze(a)
     train(a)
     assert same(facts(b), before)
+
+
+def test_a_merge_keeps_what_the_other_has_frozen():
+    parent = tiny()
+    a, b = child(parent, "a"), child(parent, "b")
+    freeze(b, ["b"])
+    merge(a, b, rename={"b": "c"})
+    assert "c" in frozen_names(a.config) and "a" not in frozen_names(a.config)
+    trains = {name.partition("groups.")[2].partition(".")[0]: p.requires_grad for name, p in a.named_parameters()}
+    assert trains["a"] and not trains["c"]
 
 
 def test_a_merge_takes_the_tau_of_who_grew_first():

@@ -236,6 +236,9 @@ def merge_operation(
         fields["token_group_norm"] = norm or "per_group"
     elif norm is not None:
         raise GrowthError(f"norm {norm!r} was asked; this model's parameter tokens are not normalised")
+    frozen = [new[old] for old in frozen_names(other_config) if old in new]
+    if frozen:
+        fields["frozen"] = [*frozen_names(config), *frozen]
     groups = [*token_groups(config), *(replace(theirs[old], name=name) for old, name in new.items())]
 
     def change(block: int, token_map: TokenMap, old: Groups) -> Groups:
