@@ -55,7 +55,7 @@ class Transcription(nn.Module):
 
 def machine() -> dict[str, Any]:
     """Say what was measured on: nothing that names the host."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
     cpu = names[0] if names else platform.processor()
     return {
@@ -170,7 +170,7 @@ def measure(n: int, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
 def write(results: list[dict[str, Any]], path: Path, goals: list[str]) -> None:
     """Append a line per case and print a table of the goals."""
     path.parent.mkdir(exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(result) + "\n" for result in results)
     table = Table("case", *goals, title=f"reached (asked) quartiles; also in results/{path.name}")
     for result in results:

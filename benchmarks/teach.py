@@ -127,12 +127,12 @@ def bits_per_byte(model: nn.Module, texts: dict[str, Packed], *, batch_size: int
 
 def peak_bytes() -> int:
     """Return the most memory this process ever had, which getrusage would mix with that of its parent."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])  # type: ignore[index]
 
 
 def lines(results: Path) -> list[Line]:
     """Read a results file; none where it is not there yet."""
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
 
 
 def matching(rows: Iterable[Line], **case: Any) -> list[Line]:

@@ -25,7 +25,7 @@ def running(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    with log.open("w") as out:
+    with log.open("w", encoding="utf-8") as out:
         server = psutil.Popen(
             [*command, "--port", port], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=dict(environment)
         )
@@ -37,7 +37,7 @@ def running(
                 break
             except OSError:
                 if server.poll() is not None or time.monotonic() > deadline:
-                    sys.exit(f"the server did not start:\n{log.read_text()[-3000:]}")
+                    sys.exit(f"the server did not start:\n{log.read_text(encoding='utf-8')[-3000:]}")
                 time.sleep(0.5)
         yield address, server
     finally:

@@ -119,7 +119,7 @@ def check_same_text(begun: Sequence[Line]) -> None:
 def _circumstances(recipe: CompareRecipe) -> Line:
     """When, with which versions and on what machine: nothing that names the host."""
     now = Event(operation="compare")
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     cpus = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
     machine = {"cpu": cpus[0] if cpus else platform.processor(), "cores": os.cpu_count()}
     if torch.cuda.is_available():
