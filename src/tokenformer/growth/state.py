@@ -69,6 +69,16 @@ def write_map(token_map: TokenMap, groups: Groups) -> dict[str, Tensor]:
     return tensors
 
 
+def names_of_map(token_map: TokenMap, groups: Groups) -> set[str]:
+    """Return the names in the block of the tensors that `write_map` makes."""
+    return {
+        part.stored.format(group=name)
+        for part in token_map.parts
+        for name, tensors in groups.items()
+        if part.tensor in tensors
+    }
+
+
 def rewritten(
     config: PreTrainedConfig, state: State, operation: Operation
 ) -> Callable[[Sequence[str]], dict[str, Tensor]]:
@@ -92,7 +102,7 @@ def rewritten(
             )
             changed = operation.change(index, token_map, groups)
             if changed is not groups:
-                for name in write_map(token_map, groups):
+                for name in names_of_map(token_map, groups):
                     del tensors[name]
                 tensors |= write_map(token_map, changed)
         return tensors
@@ -208,7 +218,7 @@ def content_digest(config: PreTrainedConfig, state: State, groups: Collection[st
     covered = {"lm_head.weight"} if config.tie_word_embeddings else set()
     for block, token_map in places(config):
         found = read_map(config, state, block, token_map)
-        covered |= {row.block_name(block) + name for name in write_map(token_map, found)}
+        covered |= {row.block_name(block) + name for name in names_of_map(token_map, found)}
         for group in sorted(set(groups) & set(found)):
             for part, tensor in sorted(found[group].items()):
                 _add(digest, row.block_name(block) + part.replace("{group}", group), tensor)
