@@ -12,12 +12,9 @@ import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
-from ..data.text import TextData
-from ..data.tokenizer import vocabulary_size
-from ..errors import RecipeError
-from .recipe import Arm, ArmStage, CompareRecipe
+from .recipe import ArmStage, CompareRecipe
 
 Phase = Literal["hold", "fall", "cosine"]
 
@@ -122,25 +119,6 @@ def tuning_runs(recipe: CompareRecipe, arm: str) -> list[Run]:
 def final_runs(recipe: CompareRecipe, arm: str, learning_rate: float) -> list[Run]:
     """Return the runs that are reported: every seed with every budget."""
     return [Run(arm, seed, learning_rate, budget) for seed in recipe.seeds for budget in recipe.budgets]
-
-
-def arm_config(arm: Arm, data: TextData, *, context: int, where: str) -> Any:
-    """Return the configuration of an arm's first model.
-
-    Raises:
-        RecipeError: sizes that make no model.
-    """
-    end = data.tokenizer.eos_token_id
-    try:
-        return arm.model.config(
-            vocab_size=vocabulary_size(data.tokenizer),
-            max_position_embeddings=context,
-            tie_word_embeddings=True,
-            bos_token_id=end,
-            eos_token_id=end,
-        )
-    except ValueError as error:
-        raise RecipeError(f"{where}.model: {error}") from error
 
 
 def cosine(peak: float, done: float, total: float) -> float:

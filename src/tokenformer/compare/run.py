@@ -33,7 +33,8 @@ from ..errors import DataError, GrowthError, RecipeError, TokenformerError
 from ..growth.freeze import freeze_only
 from ..quiet import quiet_libraries
 from ..training.partial import unfinished
-from .arms import Run, Segment, arm_config, final_runs, segments, tuning_runs
+from ..training.preparation import first_config
+from .arms import Run, Segment, final_runs, segments, tuning_runs
 from .methods import grow_by
 from .recipe import CompareRecipe
 from .results import Line, Results
@@ -137,7 +138,7 @@ def rehearse(recipe: CompareRecipe, text: Text) -> None:
     sizes = {}
     for name, arm in recipe.arms.items():
         training = recipe.training_of(name)
-        config = arm_config(arm, text.report, context=training.sequence_length, where=f"arms.{name}")
+        config = first_config(arm.model, text.report, context=training.sequence_length, where=f"arms.{name}.model")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
             for i, stage in enumerate(arm.stages):

@@ -23,11 +23,12 @@ from ..data.text import TextData
 from ..evaluation import Evaluation
 from ..growth.freeze import freeze_only
 from ..training.log import Log, finite, read_log
+from ..training.preparation import first_config
 from ..training.recipe import TrainingSection
 from ..training.settings import StageSettings
 from ..training.stage import run_stage
 from ..training.watch import validate
-from .arms import Segment, arm_config
+from .arms import Segment
 from .budgets import cost_per_step, flops_per_step, steps_within
 from .methods import grow_by
 from .results import Line
@@ -100,8 +101,8 @@ def train_segment(segment: Segment, parent: Line | None, text: Text, folder: Pat
 
 def first_model(segment: Segment, text: Text, training: TrainingSection) -> Any:
     """Make the model an arm begins with, of random weights."""
-    arm = segment.recipe.arms[segment.arm]
-    config = arm_config(arm, text.report, context=training.sequence_length, where=f"arms.{segment.arm}")
+    model, where = segment.recipe.arms[segment.arm].model, f"arms.{segment.arm}.model"
+    config = first_config(model, text.report, context=training.sequence_length, where=where)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 

@@ -16,8 +16,10 @@ from ..checkpoints.files import check_target, replacing_folder
 from ..data.text import TextData, prepare
 from ..data.tokenizer import vocabulary_size
 from ..errors import CheckpointError, GrowthError, RecipeError, TokenizerError
+from ..growth.architectures import frozen_names
 from ..growth.freeze import freeze_only
 from ..growth.grow import grow
+from .model import ModelSection
 from .recipe import Recipe, TrainingSection, parse_recipe
 
 # Fields of TrainingArguments that do nothing beside our optimizer, schedule and validation; those that break resuming.
@@ -70,7 +72,7 @@ def prepare_run(recipe: Recipe, run: Path) -> TextData:
     length = recipe.training.sequence_length
     data = prepare(recipe.data, sequence_length=length, tokenizer_folder=run / "tokenizer", tokenizer=tokenizer)
     if config is None:
-        config = first_config(recipe, data)
+        config = first_config(recipe.model, data, context=length, where="model")
     if vocabulary_size(data.tokenizer) > config.vocab_size:
         remedy = (
             "take vocab_size out of model" if initial is None else "name the one it was trained with as data.tokenizer"
@@ -104,26 +106,32 @@ def prepare_run(recipe: Recipe, run: Path) -> TextData:
 
 def frozen_parts(frozen: list[str] | None, config: PreTrainedConfig) -> list[str]:
     """Return what a stage freezes: what it says, or else what the checkpoint has frozen."""
-    return frozen if frozen is not None else list(getattr(config, "frozen", None) or [])
+    return frozen if frozen is not None else frozen_names(config)
 
 
-def first_config(recipe: Recipe, data: TextData) -> Any:
-    """Return the first stage's configuration: the recipe's sizes, the tokenizer's vocabulary, embeddings tied.
+def first_config(model: ModelSection, data: TextData, *, context: int, where: str) -> PreTrainedConfig:
+    """Return a first stage's configuration: the sizes of `model`, the tokenizer's vocabulary, embeddings tied.
+
+    Args:
+        model: a recipe's section, or that of an arm of a comparison.
+        data: the text.
+        context: text tokens that it can read.
+        where: the section is, for the error.
 
     Raises:
         RecipeError: sizes that make no model.
     """
     end = data.tokenizer.eos_token_id
     try:
-        return recipe.model.config(
+        return model.config(
             vocab_size=vocabulary_size(data.tokenizer),
-            max_position_embeddings=recipe.training.sequence_length,
+            max_position_embeddings=context,
             tie_word_embeddings=True,
             eos_token_id=end,
             bos_token_id=end,
         )
     except ValueError as error:
-        raise RecipeError(f"model: {error}") from error
+        raise RecipeError(f"{where}: {error}") from error
 
 
 def training_arguments(t: TrainingSection, output: Path, *, steps: int, seed: int) -> TrainingArguments:

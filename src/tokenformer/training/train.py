@@ -45,9 +45,9 @@ def train(
         folder: the run folder.
         resume: continue what an earlier call began, from its newest whole checkpoint; with the same machine and
             threads the final weights equal those of an uninterrupted run bit for bit.
-        force: delete an existing run folder first.
-        on_event: called with every event of the run, in order: "data", "stage", "growth", "train" (also "progress",
-            which is not logged), "evaluation", "end". All but "progress" are lines of log.jsonl.
+        force: replace an existing run folder, once what comes before the first step has gone well.
+        on_event: called with every event of the run, in order: "data", "stage", "growth", "train", "evaluation",
+            "damaged", "diverged", "end"; all are lines of log.jsonl. "progress", one a step, is not.
 
     Raises:
         RecipeError: the recipe makes no sense, or on resuming is not the one the run began with.
@@ -109,7 +109,8 @@ def _start(
     """Build what a stage starts from, out of files and seeds alone."""
     torch.manual_seed(seed)
     if previous is None:
-        return AutoModelForCausalLM.from_config(first_config(recipe, data), dtype=torch.float32), {}, Lineage()
+        config = first_config(recipe.model, data, context=recipe.training.sequence_length, where="model")
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), {}, Lineage()
     model, _, lineage = load_checkpoint(previous, dtype=torch.float32)
     if model.config.model_type == "tokenformer":
         model.config.max_position_embeddings = max(
