@@ -50,12 +50,12 @@ class Addon:
     tensors: str
 
 
-def split(model: PreTrainedModel, group: str, output: str | Path, *, force: bool = False) -> Path:
+def split(model: PreTrainedModel, name: str, output: str | Path, *, force: bool = False) -> Path:
     """Write one token group of a model in memory to an add-on file, which holds nothing of the parent.
 
     Args:
         model: TokenFormer or ordinary transformer; not changed.
-        group: name of the token group.
+        name: of the token group.
         output: the file, named *.safetensors.
         force: replace it.
 
@@ -65,10 +65,10 @@ def split(model: PreTrainedModel, group: str, output: str | Path, *, force: bool
             are not finite.
     """
     group_neurons(model)
-    return split_state(model.config, model.state_dict(), group, output, force=force)
+    return split_state(model.config, model.state_dict(), name, output, force=force)
 
 
-def split_state(config: PreTrainedConfig, state: State, group: str, output: str | Path, *, force: bool = False) -> Path:
+def split_state(config: PreTrainedConfig, state: State, name: str, output: str | Path, *, force: bool = False) -> Path:
     """Do what `split` does with a model's tensors by name, which may be read from files; errors as there."""
     file = Path(output)
     if file.suffix != ".safetensors":
@@ -79,24 +79,24 @@ def split_state(config: PreTrainedConfig, state: State, group: str, output: str 
             f"{file.parent} is a checkpoint, and some tools load every *.safetensors in its folder; "
             "name a file elsewhere"
         )
-    check_known(config, [group])
+    check_known(config, [name])
     listed = {entry.name: entry for entry in token_groups(config)}
-    if listed[group].blocks:
-        raise GrowthError(f"token group {group!r} came with blocks of its own, which an add-on cannot carry")
-    others = [name for name in listed if name != group]
+    if listed[name].blocks:
+        raise GrowthError(f"token group {name!r} came with blocks of its own, which an add-on cannot carry")
+    others = [other for other in listed if other != name]
     if not others:
-        raise GrowthError(f"token group {group!r} is the only one: without it there is no parent to attach it to")
+        raise GrowthError(f"token group {name!r} is the only one: without it there is no parent to attach it to")
     fields = [f"{projection}_tau" for projection in architecture_of(config).counts]
     taus = {field: getattr(config, field) for field in fields if hasattr(config, field)}
     tensors: dict[str, Tensor] = {}
     for block, token_map in places(config):
-        own = {part.tensor: part.own.format(group=group) for part in token_map.parts}
-        for part, tensor in read_map(config, state, block, token_map).get(group, {}).items():
+        own = {part.tensor: part.own.format(group=name) for part in token_map.parts}
+        for part, tensor in read_map(config, state, block, token_map).get(name, {}).items():
             tensors[architecture_of(config).block_name(block) + own[part]] = tensor.contiguous()
-    check_finite(tensors, f"token group {group!r}")
+    check_finite(tensors, f"token group {name!r}")
     parent, own_digest = content_digest(config, state, others), tensors_digest(tensors)
     norm = config.token_group_norm if is_normalised(config) else None
-    addon = Addon(listed[group].to_config(), config.model_type, taus, norm, others, parent, own_digest)
+    addon = Addon(listed[name].to_config(), config.model_type, taus, norm, others, parent, own_digest)
     with replacing_file(file, force=force) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", _KEY: json.dumps(vars(addon))})
     return file
