@@ -107,10 +107,14 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use (PEP 562)."""
     if name == "slice":  # for one release
-        import_module("warnings").warn("tokenformer.slice is called tokenformer.sort now", DeprecationWarning, 2)
+        import warnings
+
+        warnings.warn("tokenformer.slice is called tokenformer.sort now", DeprecationWarning, 2)
         return __getattr__("sort")
     if name == "__version__":
-        value: Any = import_module("importlib.metadata").version(__name__)
+        from importlib.metadata import version
+
+        value: Any = version(__name__)
     elif name in __all__:
         module, _, attribute = _HOMES.get(name, f"errors.{name}").rpartition(".")
         value = getattr(import_module(f".{module}", __name__), attribute)

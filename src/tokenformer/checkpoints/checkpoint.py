@@ -32,7 +32,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..data.tokenizer import vocabulary_size
 from ..errors import CheckpointError, TokenizerError
-from ..growth.architectures import ARCHITECTURES, architecture_of
+from ..growth.architectures import ARCHITECTURES, architecture_of, frozen_names
 from ..growth.freeze import freeze
 from ..growth.neurons import group_neurons
 from ..growth.select import shrink
@@ -175,7 +175,7 @@ def load_checkpoint(
     """Verify and read the checkpoint at `path`: model in eval mode (dtype as stored by default), tokenizer, lineage.
 
     An ordinary transformer's neurons are kept by token group; what `freeze` froze in the checkpoint is frozen. `keep`
-    below 1 takes the first share of each token group: a smaller size of a checkpoint whose tokens `slice` has sorted.
+    below 1 takes the first share of each token group: a smaller size of a checkpoint that `sort` has sorted.
 
     Raises:
         GrowthError: `keep` is not a share.
@@ -197,7 +197,7 @@ def load_checkpoint(
     group_neurons(model)
     if keep != 1:
         shrink(model, keep)
-    freeze(model, getattr(model.config, "frozen", None) or [])
+    freeze(model, frozen_names(model.config))
     return model.eval(), load_tokenizer(path, config), lineage
 
 

@@ -100,13 +100,13 @@ def prepare(
     tokenizer_folder: Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> TextData:
-    """Do all of the above for a recipe's `data` section.
+    """Read, hold out and pack what a recipe's `data` section says, with its tokenizer.
 
     The tokenizer is `tokenizer` where given, else the one in `tokenizer_folder`, else made from the training text and
     kept there.
 
     Raises:
-        DataError, TokenizerError: as the functions above.
+        DataError: as `load_documents`, `hold_out` and `pack`. TokenizerError: as `make_tokenizer`.
     """
     column = section.text_column
     train = load_documents(section.source, text_column=column, split=section.split, streaming=section.streaming)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.pattention import Pattention, TokenGroup
-from .architectures import Groups, architecture_of, places
+from .architectures import Groups, architecture_of, frozen_names, places
 from .layout import TokenMap
 from .neurons import as_parameter, group_neurons, refuse_unless_plain
 
@@ -118,7 +118,7 @@ def _write_groups(block: nn.Module, token_map: TokenMap, groups: Groups, config:
     layer: Any = block.get_submodule(token_map.name)
     old = read_groups(block, token_map)
     frozen = {name for name, tensors in old.items() if not any(_trains(t) for t in tensors.values())}
-    frozen |= set(getattr(config, "frozen", None) or [])
+    frozen |= set(frozen_names(config))
     kept = [name for name, tensors in groups.items() if name in old and _same(tensors, old[name])]
     if isinstance(layer, Pattention):
         layer.tau = getattr(config, f"{token_map.projection}_tau")

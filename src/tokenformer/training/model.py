@@ -75,9 +75,9 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> ModelSection:
-        if self.architecture not in list(ARCHITECTURES):
+        if self.architecture not in ARCHITECTURES:
             raise ValueError(f"there is no architecture {self.architecture!r}; there are {', '.join(ARCHITECTURES)}")
-        if self.preset is not None and self.preset not in list(PRESETS):
+        if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}")
         if self.preset is not None and self.architecture != "tokenformer":
             raise ValueError(

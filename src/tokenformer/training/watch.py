@@ -117,7 +117,8 @@ class Watcher(TrainerCallback):
             layer.keep = share
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._keep(1.0)
+        if self.settings.nested_dropout is not None:
+            self._keep(1.0)
         self.emit("progress", state.global_step)
         if state.global_step in self.evaluation_steps:
             started = time.perf_counter()
