@@ -19,6 +19,7 @@ from ..quiet import quiet_libraries
 from .arguments import Checkpoint, Force, Json, Keep, Output, check_checkpoint, check_recipe
 from .compare import comparisons
 from .groups import groups, rewriting
+from .inspect import inspection
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,6 +29,7 @@ app = typer.Typer(
 converters = typer.Typer(help="Other formats' checkpoints into ours, and back.", no_args_is_help=True)
 app.add_typer(converters, name="convert")
 app.add_typer(groups)
+app.add_typer(inspection)
 app.add_typer(comparisons)
 
 
