@@ -197,7 +197,7 @@ def edit(file, **sections):
         ({"data": {"source": "no/such/file.txt"}}, "'no/such/file.txt': there is no file or folder /"),
         ({"data": {"text_column": "body", "source": "rows.jsonl"}}, "no column 'body', only text"),
         ({"data": {"tokenizer": "bpe:100"}}, 'write "bpe:N" with N above 256'),
-        ({"training": {"sequence_length": 100_000}}, "shorter than one block of 100000 text tokens"),
+        ({"training": {"sequence_length": 100_000}}, "shorter than one text block of 100000 text tokens"),
         ({"stages": [{"text_tokens": 500}, {"text_tokens": 9, "ffn_param_tokens": 16}]}, "asked 16, found 32"),
     ],
 )

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import tokenformer
 from tokenformer import TokenformerForCausalLM, grow
 
-FILES = ["configuration_tokenformer.py", "fused.py", "modeling_tokenformer.py", "pattention.py"]
+FILES = ["configuration_tokenformer.py", "fused.py", "modeling_tokenformer.py", "names.py", "pattention.py"]
 CODE = {name: (Path(tokenformer.__file__).parent / "models" / name).read_text() for name in FILES}
 ASKED = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 # For every folder: load it by each Auto class, run it, save it, and load and run what was saved.

@@ -45,6 +45,7 @@ from .verify import (
     INDEX_FILE,
     LINEAGE_FILE,
     config_fields,
+    is_old_buffer,
     other_digests,
     stored_dtype,
     verify_checkpoint,
@@ -199,11 +200,6 @@ def load_checkpoint(
         shrink(model, keep)
     freeze(model, frozen_names(model.config))
     return model.eval(), load_tokenizer(path, config), lineage
-
-
-def is_old_buffer(name: str) -> bool:
-    """Whether a tensor is a buffer that older versions of transformers saved, and newer ones make themselves."""
-    return name.endswith(("rotary_emb.inv_freq", ".attn.masked_bias"))
 
 
 def load_tokenizer(path: str | Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:

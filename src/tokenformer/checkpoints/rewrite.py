@@ -25,11 +25,11 @@ from ..growth.groups import check_siblings, merge_operation
 from ..growth.layout import TokenMap
 from ..growth.operations import Operation
 from ..growth.state import States, check_finite, move_states, read_map, rewritten
-from .checkpoint import OnProgress, is_old_buffer, read_config, save_checkpoint
+from .checkpoint import OnProgress, read_config, save_checkpoint
 from .files import check_target
 from .lineage import Lineage
 from .optimizer import OPTIMIZER_FILE, load_states
-from .verify import DTYPES, carry_files, read_headers, read_lineage, verify_checkpoint
+from .verify import DTYPES, carry_files, is_old_buffer, read_headers, read_lineage, verify_checkpoint
 
 _GENERATION = "generation_config.json"
 

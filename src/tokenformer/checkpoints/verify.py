@@ -136,6 +136,11 @@ def read_headers(path: str | Path) -> dict[str, Header]:
     return found
 
 
+def is_old_buffer(name: str) -> bool:
+    """Whether a tensor is a buffer that older versions of transformers saved, and newer ones make themselves."""
+    return name.endswith(("rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias"))
+
+
 def stored_dtype(path: str | Path) -> str | None:
     """Return the widest type of a checkpoint's weights, such as "bfloat16"; None where none is of floating point."""
     dtypes = {header.dtype for header in read_headers(path).values()}

@@ -252,7 +252,7 @@ def convert_to_official(
     from ..checkpoints.checkpoint import read_config
     from ..convert.files import convert_to_official as run
     from ..convert.official import expressed_tokens
-    from ..models.configuration_tokenformer import PROJECTIONS
+    from ..models.names import PROJECTIONS
 
     described = run(checkpoint, output, force=force)
     config, console = read_config(checkpoint), Console()

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from .arguments import Checkpoint, Json
 from .groups import judged
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from ..growth.architectures import GroupEntry
 
 inspection = typer.Typer()
 
@@ -33,7 +28,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show a checkpoint's token groups, sizes, memory and lineage, and what a text or a prompt uses of them."""
-    from ..checkpoints.verify import verify_checkpoint
+    from ..checkpoints.facts import checkpoint_facts
+    from ..checkpoints.verify import read_lineage
     from ..errors import EvaluationError
     from .tables import group_table, lineage_table
 
@@ -41,7 +37,7 @@ def inspect(
         raise EvaluationError("--picture shows what a prompt's next word came from; give --prompt as well")
     if as_json and (text is not None or prompt is not None):
         raise EvaluationError("--json tells what a checkpoint is, not what a text or a prompt uses: leave one out")
-    facts, lineage = _facts(checkpoint), verify_checkpoint(checkpoint)
+    facts, lineage = checkpoint_facts(checkpoint), read_lineage(checkpoint)
     if as_json:
         typer.echo(json.dumps({**facts, **lineage.model_dump(mode="json", exclude_none=True)}, ensure_ascii=False))
         return
@@ -56,7 +52,8 @@ def inspect(
     )
     console.print(group_table(facts["groups"], facts["everything_else"]))
     console.print(lineage_table(lineage))
-    console.print(f"weights sha256 {lineage.weights_sha256}", soft_wrap=True)
+    if lineage.weights_sha256 is not None:
+        console.print(f"weights sha256 {lineage.weights_sha256}, which loading verifies", soft_wrap=True)
     if text is not None or prompt is not None:
         _inspect_use(console, checkpoint, text, prompt, picture)
 
@@ -82,46 +79,3 @@ def _inspect_use(
         if picture is not None:
             draw(explanation, tokenizer, picture)
             console.print(f"Drawn: {picture}", markup=False, soft_wrap=True)
-
-
-def _facts(checkpoint: Path) -> dict[str, Any]:
-    """Say what a checkpoint is, in numbers: `inspect --json`, and what its tables are made from."""
-    import torch
-
-    from .. import cost
-    from ..checkpoints.checkpoint import read_config
-    from ..growth.architectures import architecture_of, token_groups
-
-    config = read_config(checkpoint)
-    width = (config.dtype or torch.float32).itemsize
-    tokens, counts, whole = cost.group_tokens(config), cost.group_parameters(config), cost.parameters(config)
-    groups = [
-        {
-            "name": group.name,
-            "counts": {p: [min(group.over(p)), max(group.over(p))] for p in architecture_of(config).counts},
-            "tokens": tokens[group.name],
-            "parameters": counts[group.name],
-            "bytes": counts[group.name] * width,
-            "notes": _notes(config, group),
-        }
-        for group in token_groups(config)
-    ]
-    rest = whole - sum(counts.values())
-    return {
-        "checkpoint": str(checkpoint),
-        "kind": getattr(config, "norm_activation_type", config.model_type),
-        "parameters": whole,
-        "bytes": whole * width,
-        "training_bytes": cost.training_bytes(config),
-        **{field: getattr(config, field) for field in ("num_hidden_layers", "hidden_size", "vocab_size")},
-        "groups": groups,
-        "everything_else": {"parameters": rest, "bytes": rest * width},
-    }
-
-
-def _notes(config: PreTrainedConfig, group: GroupEntry) -> list[str]:
-    from ..growth.architectures import frozen_names
-
-    notes = [f"with blocks {', '.join(map(str, group.blocks))}"] if group.blocks else []
-    notes += ["routed"] if group.routed else []
-    return [*notes, *(["frozen"] if group.name in frozen_names(config) else [])]

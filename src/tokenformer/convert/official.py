@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..errors import ConversionError
 from ..growth.architectures import token_groups
-from ..models.configuration_tokenformer import PROJECTIONS, TokenformerConfig
-from ..models.pattention import BASE_GROUP, default_tau
+from ..models.configuration_tokenformer import TokenformerConfig
+from ..models.names import BASE_GROUP, PROJECTIONS
+from ..models.pattention import default_tau
 
 # The YAML's fields that decide what the model computes, and ours. `None`: no default, must be there.
 FIELDS: dict[str, tuple[str, Any]] = {

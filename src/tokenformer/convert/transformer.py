@@ -30,7 +30,7 @@ from ..errors import ConversionError
 from ..growth.state import check_finite
 from ..models.configuration_tokenformer import TokenformerConfig
 from ..models.modeling_tokenformer import TokenformerForCausalLM
-from ..models.pattention import BASE_GROUP
+from ..models.names import BASE_GROUP
 
 _MODEL_TYPE = "gpt_neox"
 _GROUP = f"groups.{BASE_GROUP}"

@@ -9,20 +9,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-from torch import Tensor
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import GrowthError
-from ..models.configuration_tokenformer import PROJECTIONS
-from ..models.pattention import BASE_GROUP, check_group
+from ..models.names import BASE_GROUP, PROJECTIONS
 from .layout import Architecture, TokenMap, mlp_maps, pattention_map
+
+if TYPE_CHECKING:  # the table is read without torch by what tells files apart
+    from torch import Tensor
+    from transformers import PreTrainedConfig
 
 # Parameter tokens in every block: one number, or one for each.
 Count = int | tuple[int, ...]
 # The tensors of each token group of one map, by the names that its `Part`s give them.
-Groups = dict[str, dict[str, Tensor]]
+Groups: TypeAlias = "dict[str, dict[str, Tensor]]"
 
 
 @dataclass(frozen=True)
@@ -258,6 +258,8 @@ def check_new(config: PreTrainedConfig, name: str, *, besides: Collection[str] =
     taken = [there for there in group_names(config) if there not in besides]
     if name in taken:
         raise GrowthError(f"token group {name!r} exists already, beside {', '.join(taken)}; choose another name")
+    from ..models.pattention import check_group
+
     try:
         check_group(name, 0)
     except ValueError as error:

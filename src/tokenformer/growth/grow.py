@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import GrowthError
-from ..models.configuration_tokenformer import PRESETS, PROJECTIONS
+from ..models.configuration_tokenformer import PRESETS
+from ..models.names import PROJECTIONS
 from ..models.pattention import default_tau, draw_tokens, zero_of_new_group
 from .architectures import GroupEntry, Groups, architecture_of, check_new, group_names, token_groups, with_groups
 from .layout import TokenMap

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+if TYPE_CHECKING:  # the table is read without torch by what tells files apart
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)

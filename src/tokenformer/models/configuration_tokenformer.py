@@ -11,8 +11,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from .names import BASE_GROUP, PROJECTIONS
 from .pattention import (
-    BASE_GROUP,
     DEFAULT_EPS,
     NORM_ACTIVATION_TYPES,
     TOKEN_GROUP_NORMS,
@@ -21,12 +21,6 @@ from .pattention import (
     default_tau,
 )
 
-# Which maps of a block each count in the configuration speaks about: "qkv" tokens go to each of the three.
-PROJECTIONS: dict[str, tuple[str, ...]] = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "output": ("self_attn.o_proj",),
-    "ffn": ("mlp",),
-}
 # What an entry of token_groups may say beside its name and counts, where it is so.
 _GROUP_NOTES = ("routed", "blocks")
 

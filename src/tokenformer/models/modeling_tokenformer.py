@@ -28,7 +28,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_tokenformer import PROJECTIONS, TokenformerConfig, count_at
+from .configuration_tokenformer import TokenformerConfig, count_at
+from .names import PROJECTIONS
 from .pattention import Gate, Pattention, reset_linear
 
 

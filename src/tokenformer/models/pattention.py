@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from .fused import FusedPattention, add_up, can_read, sum_of_squares, token_weights, weigh_in_place
+from .names import BASE_GROUP
 
 NORM_ACTIVATION_TYPES = ("l2_norm_gelu", "gelu_l2_norm", "gelu_l1_norm", "softmax", "gelu")
 TOKEN_GROUP_NORMS = ("joint", "per_group")
-BASE_GROUP = "base"
 # Far below any squared norm of trained scores, and above 1e-8, which optimizers of exported graphs take for 0.
 DEFAULT_EPS = 1e-7
 # What a model has beside token groups, in the words in which a recipe freezes it.

@@ -13,7 +13,7 @@ from ..checkpoints.optimizer import OptimizerState
 from ..growth.architectures import architecture_of
 from ..growth.grow import grow
 from ..growth.neurons import group_neurons
-from ..models.pattention import BASE_GROUP
+from ..models.names import BASE_GROUP
 from .recipe import Recipe, Stage, TrainingSection
 
 

@@ -82,8 +82,10 @@ def _check_text(log: Log, data: TextData) -> None:
     began = next((event for event in logged if event["event"] == "data"), None)
     if began is None:
         log.write({"event": "data", **data.facts})
-    elif began != {"event": "data", **data.facts}:
-        changed = [f"{k} {began.get(k)} → {v}" for k, v in data.facts.items() if began.get(k) != v]
+        return
+    # An earlier version of this package told fewer facts.
+    changed = [f"{k} {began[k]} → {v}" for k, v in data.facts.items() if began.get(k, v) != v]
+    if changed:
         raise DataError(f"the text is not what this run began with ({', '.join(changed)}); put it back, or start anew")
 
 

@@ -1,0 +1,109 @@
+"""What a checkpoint is, told from its configuration and the headers of its weight files, without torch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ..growth.architectures import Architecture, GroupEntry, architecture_of, frozen_names, token_groups
+from .verify import Header, config_fields, is_old_buffer, read_headers
+
+# Bytes of a number in safetensors' types.
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+def checkpoint_facts(path: str | Path) -> dict[str, Any]:
+    """Say what a checkpoint is, in numbers: what `tokenformer inspect --json` prints.
+
+    Counts are of parameters, so without buffers such as gates; "bytes" are those of the files, "training_bytes" of
+    float32 weights, gradients and AdamW's two moments.
+
+    Raises:
+        CheckpointError: missing, damaged or truncated files.
+        GrowthError: an architecture without a row in the table.
+    """
+    fields = config_fields(path)
+    config: Any = SimpleNamespace(**{"model_type": None, **fields})
+    row = architecture_of(config)
+    headers = {
+        _ours(row, name): header
+        for name, header in read_headers(path).items()
+        if header.dtype in _BYTES and not is_old_buffer(name)
+    }
+    if not any(name.startswith(f"{row.prefix}.") for name in headers):  # saved without its head
+        headers = {f"{row.prefix}.{name}": header for name, header in headers.items()}
+    blocks = sorted({int(number) for name in headers if (number := _block(row, name)) is not None})
+    setattr(config, row.depth, len(blocks))
+    if not fields.get("token_groups"):
+        for projection, field in row.counts.items():  # configurations may leave them out
+            setattr(config, field, _neurons(row, headers, projection))
+    parameters = {name: header for name, header in headers.items() if ".gates." not in name}
+    groups = [_group(config, row, group, parameters) for group in token_groups(config)]
+    total, size = _sizes(parameters)
+    norm = headers.get(f"{row.prefix}.{row.final_norm}.weight")
+    return {
+        "checkpoint": str(path),
+        "kind": fields.get("norm_activation_type", fields["model_type"]),
+        "parameters": total,
+        "bytes": size,
+        "training_bytes": 16 * total,
+        "num_hidden_layers": len(blocks),
+        "hidden_size": norm.shape[0] if norm else fields.get("hidden_size"),
+        "vocab_size": fields.get("vocab_size"),
+        "groups": groups,
+        "everything_else": {
+            "parameters": total - sum(group["parameters"] for group in groups),
+            "bytes": size - sum(group["bytes"] for group in groups),
+        },
+    }
+
+
+def _group(config: Any, row: Architecture, group: GroupEntry, headers: dict[str, Header]) -> dict[str, Any]:
+    parameters = size = tokens = 0
+    for block in range(row.depth_of(config)):
+        for token_map in row.maps:
+            count = group.count(token_map.projection, block)
+            together = sum(other.count(token_map.projection, block) for other in token_groups(config))
+            tokens += count
+            for part in token_map.parts:
+                header = headers.get(row.block_name(block) + part.stored.format(group=group.name))
+                if header is None or not count:
+                    continue
+                numbers = math.prod(header.shape) // part.piece[1]
+                if "{group}" not in part.tensor:
+                    numbers = numbers * count // together
+                parameters, size = parameters + numbers, size + numbers * _BYTES[header.dtype]
+    notes = [f"with blocks {', '.join(map(str, group.blocks))}"] if group.blocks else []
+    notes += ["routed"] if group.routed else []
+    return {
+        "name": group.name,
+        "counts": {projection: [min(group.over(projection)), max(group.over(projection))] for projection in row.counts},
+        "tokens": tokens,
+        "parameters": parameters,
+        "bytes": size,
+        "notes": [*notes, *(["frozen"] if group.name in frozen_names(config) else [])],
+    }
+
+
+def _sizes(headers: dict[str, Header]) -> tuple[int, int]:
+    numbers = [(math.prod(header.shape), _BYTES[header.dtype]) for header in headers.values()]
+    return sum(count for count, _ in numbers), sum(count * width for count, width in numbers)
+
+
+def _ours(row: Architecture, name: str) -> str:
+    return next((ours for ours, theirs in row.stored.items() if theirs == name), name)
+
+
+def _block(row: Architecture, name: str) -> str | None:
+    start = row.block_name(0).removesuffix("0.")
+    number = name.removeprefix(start).partition(".")[0] if name.startswith(start) else ""
+    return number if number.isdigit() else None
+
+
+def _neurons(row: Architecture, headers: dict[str, Header], projection: str) -> int:
+    """Count the neurons of an ordinary model by what the values of its first block are."""
+    part = next(p for m in row.maps if m.projection == projection for p in m.parts if p.axis == 1)
+    shape = headers[row.block_name(0) + part.stored].shape
+    return shape[0] if part.transposed else shape[1]

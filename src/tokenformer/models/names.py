@@ -1,0 +1,9 @@
+"""Names in a TokenFormer, told without torch, so that its files can be read without it."""
+
+BASE_GROUP = "base"
+# Which maps of a block each count in the configuration speaks about: "qkv" tokens go to each of the three.
+PROJECTIONS: dict[str, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "output": ("self_attn.o_proj",),
+    "ffn": ("mlp",),
+}
