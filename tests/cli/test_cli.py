@@ -105,6 +105,12 @@ def test_grow_keeps_the_logits_and_extends_the_lineage(run, checkpoint, tmp_path
     assert load_checkpoint(tmp_path / "new")[0].config.num_hidden_layers == 4
 
 
+def test_every_command_says_in_a_whole_sentence_what_it_does(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = run("--help")[1]
+    assert "..." not in out.partition("Commands:")[2] and max(map(len, out.splitlines())) <= 80
+
+
 def test_inspect_shows_groups_memory_and_lineage(run, checkpoint):
     code, out, _ = run("inspect", checkpoint)
     assert code == 0

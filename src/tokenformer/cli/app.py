@@ -24,9 +24,12 @@ from .inspect import inspection
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # what draws boxes takes longer to import than all else
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-converters = typer.Typer(help="Other formats' checkpoints into ours, and back.", no_args_is_help=True)
+converters = typer.Typer(
+    help="Other formats' checkpoints into ours, and back.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(converters, name="convert")
 app.add_typer(groups)
 app.add_typer(inspection)
@@ -190,7 +193,7 @@ def push(
     license: Annotated[str | None, typer.Option(help="Of the weights, for the model card: apache-2.0, …")] = None,
     private: Annotated[bool, typer.Option("--private", help="Only you can see it, if it is new.")] = False,
 ) -> None:
-    """Publish a checkpoint on the Hugging Face Hub, with its model card."""
+    """Publish a checkpoint on the Hugging Face Hub. Its model card goes with it."""
     from ..checkpoints.hub import push_to_hub
 
     address = push_to_hub(checkpoint, repository, private=private, license=license)

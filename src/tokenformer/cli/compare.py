@@ -32,7 +32,7 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare ways to train and grow at equal cost, by rules stated before; the same command continues."""
+    """Compare ways to train and grow at equal cost. Rules are stated before; the same command continues."""
     from ..compare.recipe import load_compare_recipe
     from ..compare.report import write_report
     from ..compare.run import compare as run
@@ -56,7 +56,7 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.html, report.md and pictures.")],
     as_json: Json = False,
 ) -> None:
-    """Make the report of a comparison from its results alone, those of several machines together."""
+    """Make the report of a comparison from its results. Those of several machines go together."""
     from ..compare.report import write_report
     from ..compare.results import read_results
 
@@ -71,7 +71,7 @@ def show_plan(
     ],
     as_json: Json = False,
 ) -> None:
-    """Say what growing will cost beside training from scratch: FLOPs, memory, hours, money."""
+    """Say what growing costs beside training from scratch. In FLOPs, memory, hours and money."""
     from ..plan import conclusions, read_plan
     from .tables import cost_table, published_table, total_table
 

@@ -41,7 +41,7 @@ def grow(
     seed: Annotated[int, typer.Option(help="Of the new random values.")] = 0,
     force: Force = False,
 ) -> None:
-    """Make a model bigger, a TokenFormer or an ordinary transformer; its outputs stay the same."""
+    """Make a model bigger without changing its outputs. It may be a TokenFormer or an ordinary transformer."""
     from ..growth.grow import grow_operation
 
     def operation(source: Any) -> Any:
@@ -84,7 +84,7 @@ def drop(
     output: Output,
     force: Force = False,
 ) -> None:
-    """Remove token groups; if the others were frozen meanwhile, exactly the earlier model is left."""
+    """Remove token groups. If the others were frozen meanwhile, exactly the earlier model is left."""
     from ..growth.groups import drop_operation
 
     _rewrite(checkpoint, output, lambda source: drop_operation(source.config, names), force=force)
@@ -98,7 +98,7 @@ def consolidate(
     name: Annotated[str | None, typer.Option(help="Of the one they become.  [default: that of the first]")] = None,
     force: Force = False,
 ) -> None:
-    """Make one token group of several: the same outputs to rounding, at the speed of one."""
+    """Make one token group of several. The outputs stay the same to rounding, at the speed of one group."""
     from ..growth.groups import consolidate_operation
 
     operation = lambda source: consolidate_operation(source.config, names or None, name=name)  # noqa: E731
@@ -122,7 +122,7 @@ def merge(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Unite the token groups of two models grown apart from one parent."""
+    """Unite the token groups of two children of one parent."""
     from ..checkpoints.rewrite import merge_checkpoints, open_checkpoint
     from ..errors import GrowthError
 
@@ -196,7 +196,7 @@ def prune(
 
 @groups.command()
 def sort(checkpoint: Checkpoint, output: Output, text: Text, force: Force = False) -> None:
-    """Sort parameter tokens by importance, so that any prefix is a model: `shrink`, or --keep when loading."""
+    """Sort parameter tokens by importance. Then any prefix is a model, which `shrink` or --keep takes."""
     from ..growth.select import sort_operation
 
     _select(checkpoint, output, text, sort_operation, force=force)
@@ -204,7 +204,7 @@ def sort(checkpoint: Checkpoint, output: Output, text: Text, force: Force = Fals
 
 @groups.command()
 def slice(checkpoint: Checkpoint, output: Output, text: Text, force: Force = False) -> None:
-    """Is called `sort` now, and goes with the next release."""
+    """Sort, under the name that it had until this release."""
     Console(stderr=True).print("`tokenformer slice` is called `tokenformer sort` now.")
     sort(checkpoint, output, text, force)
 
@@ -216,7 +216,7 @@ def shrink(
     keep: Annotated[float, typer.Option(help="Share of each token group to keep.")],
     force: Force = False,
 ) -> None:
-    """Keep the first share of each token group, of a checkpoint that `sort` has sorted."""
+    """Keep the first share of each token group. The checkpoint should be one that `sort` has sorted."""
     from ..growth.select import shrink_operation
 
     _rewrite(checkpoint, output, lambda source: shrink_operation(source.config, keep), force=force)

@@ -27,7 +27,7 @@ def inspect(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a checkpoint's token groups, sizes, memory and lineage, and what a text or a prompt uses of them."""
+    """Show what a checkpoint holds and where it came from. With --text or --prompt, also what that uses of it."""
     from ..checkpoints.facts import checkpoint_facts
     from ..checkpoints.verify import read_lineage
     from ..errors import EvaluationError
