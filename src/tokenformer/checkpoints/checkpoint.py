@@ -172,7 +172,7 @@ def _add_older_rope_fields(file: Path) -> None:
 
 def load_checkpoint(
     path: str | Path, *, dtype: torch.dtype | None = None, keep: float = 1.0
-) -> tuple[Any, PreTrainedTokenizerBase | None, Lineage]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, Lineage]:
     """Verify and read the checkpoint at `path`: model in eval mode (dtype as stored by default), tokenizer, lineage.
 
     An ordinary transformer's neurons are kept by token group; what `freeze` froze in the checkpoint is frozen. `keep`
@@ -244,7 +244,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
         )
 
 
-def read_config(path: str | Path) -> Any:
+def read_config(path: str | Path) -> PreTrainedConfig:
     """Read a checkpoint's configuration alone; errors as in `load_checkpoint`."""
     content = config_fields(path)
     try:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, GrowthError
 from ..growth.architectures import Groups, architecture_of, group_names
@@ -76,7 +76,7 @@ class Stored:
     config: PreTrainedConfig
     tensors: StoredTensors
     dtype: torch.dtype
-    empty: Any
+    empty: PreTrainedModel
     verification: Future[Lineage]
 
     @property
@@ -131,7 +131,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _without_weights(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Any:
+def _without_weights(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 

@@ -188,9 +188,10 @@ def prune(
     force: Force = False,
 ) -> None:
     """Keep the parameter tokens that matter most for a text."""
-    from ..growth.select import check_share, prune_operation
+    from ..growth.importance import check_kept
+    from ..growth.select import prune_operation
 
-    check_share(keep)
+    check_kept(keep, scope)
     _select(checkpoint, output, text, lambda m, blocks: prune_operation(m, blocks, keep=keep, scope=scope), force=force)
 
 

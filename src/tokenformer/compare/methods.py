@@ -20,7 +20,7 @@ from ..growth.neurons import group_neurons
 from ..models.pattention import default_tau, reset_linear
 from ..training.optimization import grow_with_states, states_by_group
 
-Grown = tuple[Any, OptimizerState]
+Grown = tuple[PreTrainedModel, OptimizerState]
 
 _TOKENS = ("qkv_param_tokens", "output_param_tokens", "ffn_param_tokens")
 _TOKENFORMER, _BOTH = ("tokenformer",), ("tokenformer", "gpt_neox")
@@ -205,7 +205,7 @@ def _depths(model: PreTrainedModel, asked: Amount) -> tuple[int, int]:
     return depth, total
 
 
-def _append(model: PreTrainedModel, sources: list[int], new: Iterable[nn.Module]) -> Any:
+def _append(model: PreTrainedModel, sources: list[int], new: Iterable[nn.Module]) -> PreTrainedModel:
     """Put blocks on top; `sources` names for each block afterwards the old one whose token counts it has."""
     config, row = model.config, architecture_of(model.config)
     config.__dict__.update(with_groups(config, token_groups(config), blocks=sources).__dict__)
@@ -219,7 +219,7 @@ def _append(model: PreTrainedModel, sources: list[int], new: Iterable[nn.Module]
     return model
 
 
-def _fresh(model: PreTrainedModel, config: PreTrainedConfig) -> Any:
+def _fresh(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """Make a model of the kind, mode, dtype and device of `model`, initialised as its architecture does."""
     new = type(model)._from_config(config, dtype=model.dtype)
     return new.to(model.device).train(model.training)

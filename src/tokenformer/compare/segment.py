@@ -8,7 +8,6 @@ import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -99,7 +98,7 @@ def train_segment(segment: Segment, parent: Line | None, text: Text, folder: Pat
     }
 
 
-def first_model(segment: Segment, text: Text, training: TrainingSection) -> Any:
+def first_model(segment: Segment, text: Text, training: TrainingSection) -> PreTrainedModel:
     """Make the model an arm begins with, of random weights."""
     model, where = segment.recipe.arms[segment.arm].model, f"arms.{segment.arm}.model"
     config = first_config(model, text.report, context=training.sequence_length, where=where)
@@ -108,7 +107,7 @@ def first_model(segment: Segment, text: Text, training: TrainingSection) -> Any:
 
 def _previous(
     segment: Segment, text: Text, training: TrainingSection, folder: Path
-) -> tuple[Any, OptimizerState, Lineage]:
+) -> tuple[PreTrainedModel, OptimizerState, Lineage]:
     torch.manual_seed(segment.seed)
     if segment.parent is None:
         return first_model(segment, text, training), {}, Lineage()
@@ -120,7 +119,7 @@ def _previous(
 
 def _grow(
     segment: Segment, model: PreTrainedModel, states: OptimizerState, text: Text, training: TrainingSection
-) -> tuple[Any, OptimizerState, Line]:
+) -> tuple[PreTrainedModel, OptimizerState, Line]:
     """Grow, and say what it did to size, loss and logits."""
     assert segment.growth is not None
     sample = next(batches(text.report.validation_blocks, 4))

@@ -167,10 +167,7 @@ def kept(importance: Importance, keep: float, *, scope: str = "layer") -> dict[P
     Raises:
         GrowthError: `keep` or `scope` is out of range.
     """
-    if not 0 < keep <= 1:
-        raise GrowthError(f"the share of parameter tokens to keep is {keep}; it must be above 0 and at most 1")
-    if scope not in SCOPES:
-        raise GrowthError(f"scope is {scope!r}; it must be {' or '.join(SCOPES)}")
+    check_kept(keep, scope)
     counts = {
         (block, group, importance.projections[name]): share_of(keep, len(use.importance))
         for (block, name), uses in importance.uses.items()
@@ -188,6 +185,14 @@ def kept(importance: Importance, keep: float, *, scope: str = "layer") -> dict[P
         }
         for (block, name), orders in ranked(importance).items()
     }
+
+
+def check_kept(keep: float, scope: str = "layer") -> None:
+    """Raise GrowthError unless `keep` is a share above 0 and at most 1, and `scope` is one of `SCOPES`."""
+    if not 0 < keep <= 1:
+        raise GrowthError(f"keep is {keep}; it is the share of parameter tokens to keep, above 0 and at most 1")
+    if scope not in SCOPES:
+        raise GrowthError(f"scope is {scope!r}; it must be {' or '.join(SCOPES)}")
 
 
 def share_of(keep: float, count: int) -> int:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import GrowthError
 from .architectures import Count, Groups, architecture_of, places, token_groups, with_groups
-from .importance import kept, measure, ranked, share_of
+from .importance import check_kept, kept, measure, ranked, share_of
 from .layout import TokenMap
 from .operations import Operation, apply
 
@@ -39,9 +38,7 @@ def prune(model: PreTrainedModel, blocks: Any, *, keep: float, scope: str = "lay
 
 def prune_operation(model: PreTrainedModel, blocks: Any, *, keep: float, scope: str = "layer") -> Operation:
     """Return what `prune` does to this model, judged by `blocks`."""
-    check_share(keep)
-    if scope not in ("layer", "global"):
-        raise GrowthError(f"scope is {scope!r}; it must be layer or global")
+    check_kept(keep, scope)  # before the model runs
     indices = kept(measure(model, blocks), keep, scope=scope)
     return select_operation(model.config, indices, "prune", {"keep": keep, "scope": scope})
 
@@ -75,7 +72,7 @@ def shrink(model: PreTrainedModel, keep: float) -> None:
 
 def shrink_operation(config: PreTrainedConfig, keep: float) -> Operation:
     """Return what `shrink` does."""
-    check_share(keep)
+    check_kept(keep)
     indices: dict[tuple[int, str], dict[str, Tensor]] = {}
     for block, token_map in places(config):
         counts = {group.name: group.count(token_map.projection, block) for group in token_groups(config)}
@@ -108,12 +105,6 @@ def select_operation(config: PreTrainedConfig, indices: Indices, name: str, argu
         }
 
     return Operation(name, with_groups(config, groups), change, range(depth), arguments=arguments)
-
-
-def check_share(keep: float) -> None:
-    """Raise GrowthError unless `keep` is a share above 0 and at most 1."""
-    if not 0 < keep <= 1:
-        raise GrowthError(f"keep is {keep}; it is the share of parameter tokens to keep, above 0 and at most 1")
 
 
 def _take(tensor: Tensor, axis: int | None, index: Tensor) -> Tensor:

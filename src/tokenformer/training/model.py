@@ -56,7 +56,7 @@ class ModelSection(Section):
     value_initializer_range: float | None = Field(None, gt=0)
     """Standard deviation of new values, of the first stage and of growth. Default: 2 / (blocks · √hidden_size)."""
 
-    def config(self, **derived: Any) -> Any:
+    def config(self, **derived: Any) -> PreTrainedConfig:
         """Return the configuration; `derived` goes before the preset, and what the section says itself before both.
 
         Raises:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import Subset
@@ -30,12 +31,12 @@ from .preparation import frozen_parts, processes, training_arguments
 from .settings import StageSettings
 from .watch import Watcher, results, validate
 
-Start = Callable[[], tuple[Any, OptimizerState, Lineage]]
+Start = Callable[[], tuple[PreTrainedModel, OptimizerState, Lineage]]
 
 
 def run_stage(
     settings: StageSettings, start: Start, data: TextData, log: Log, target: Path, *, parent: str | Path | None = None
-) -> Any:
+) -> PreTrainedModel:
     """Train what `start` returns, write it to `target`, and return the model.
 
     Args:
@@ -149,7 +150,7 @@ def _grow(
     }
 
 
-def _blocks(settings: StageSettings, data: TextData) -> Any:
+def _blocks(settings: StageSettings, data: TextData) -> datasets.IterableDataset | Subset[dict[str, list[int]]]:
     """Take the stage's stretch of the one global order of text."""
     count = settings.training.batch_size * settings.steps
     if settings.streaming:

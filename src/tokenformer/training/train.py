@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..checkpoints.checkpoint import load_checkpoint
 from ..checkpoints.lineage import Lineage
@@ -107,7 +107,7 @@ def _train_stages(recipe: Recipe, run: Path, data: TextData, log: Log) -> list[P
 
 def _start(
     recipe: Recipe, seed: int, data: TextData, previous: str | Path | None
-) -> tuple[Any, OptimizerState, Lineage]:
+) -> tuple[PreTrainedModel, OptimizerState, Lineage]:
     """Build what a stage starts from, out of files and seeds alone."""
     torch.manual_seed(seed)
     if previous is None:
