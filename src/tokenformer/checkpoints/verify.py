@@ -85,7 +85,10 @@ def verify_checkpoint(path: str | Path) -> Lineage:
         if not file.exists() and name == OPTIMIZER_FILE:  # stays behind when a checkpoint is published
             continue
         if not file.exists():
-            raise CheckpointError(f"checkpoint {path} is incomplete: {name} missing, which {LINEAGE_FILE} names")
+            raise CheckpointError(
+                f"checkpoint {path} is incomplete: {name} missing, which {LINEAGE_FILE} names; copy it again, or take its "
+                f"line out of files_sha256 there if you took it away yourself"
+            )
         if (digest := files_digest([file])) != wanted:
             raise CheckpointError(
                 f"checkpoint {path} is damaged: {name} has sha256 {digest[:12]}…, its lineage says {wanted[:12]}…; "
