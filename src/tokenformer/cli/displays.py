@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-class ComparisonDisplay:
-    """Call it with the events of `compare`; use it as a context manager around the call."""
+class _Display:
+    """A progress bar, drawn within the context: a share and the time, `first` before them and `more` after."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, first: TextColumn, *more: TextColumn) -> None:
         self.console = console
         self.bar = Progress(
-            TextColumn("comparing"),
+            first,
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            *more,
             console=console,
         )
-        self.task = self.bar.add_task("", total=None)
 
-    def __enter__(self) -> ComparisonDisplay:
+    def __enter__(self) -> Self:
         """Start drawing."""
         self.bar.start()
         return self
@@ -32,6 +32,14 @@ class ComparisonDisplay:
     def __exit__(self, *exception: object) -> None:
         """Leave the last state on the screen."""
         self.bar.stop()
+
+
+class ComparisonDisplay(_Display):
+    """Call it with the events of `compare`; use it as a context manager around the call."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console, TextColumn("comparing"))
+        self.task = self.bar.add_task("", total=None)
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event."""
@@ -48,32 +56,13 @@ class ComparisonDisplay:
             )
 
 
-class TrainingDisplay:
+class TrainingDisplay(_Display):
     """Call it with the events of `train`; use it as a context manager around the call."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        super().__init__(console, TextColumn("{task.description}"), TextColumn("{task.fields[losses]}"))
         self.losses: dict[str, float | None] = {}
         self.task: TaskID | None = None
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
-            console=console,
-        )
-
-    def __enter__(self) -> TrainingDisplay:
-        """Start drawing."""
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Leave the last state on the screen."""
-        self.bar.stop()
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event."""
