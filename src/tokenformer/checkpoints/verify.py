@@ -86,8 +86,8 @@ def verify_checkpoint(path: str | Path) -> Lineage:
             continue
         if not file.exists():
             raise CheckpointError(
-                f"checkpoint {path} is incomplete: {name} missing, which {LINEAGE_FILE} names; copy it again, or take its "
-                f"line out of files_sha256 there if you took it away yourself"
+                f"checkpoint {path} is incomplete: {name} missing, which {LINEAGE_FILE} names; copy it again, or take "
+                "its line out of files_sha256 there if you took it away yourself"
             )
         if (digest := files_digest([file])) != wanted:
             raise CheckpointError(
