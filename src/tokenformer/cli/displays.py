@@ -15,7 +15,7 @@ class _Display:
         self.console = console
         self.bar = Progress(
             first,
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -92,16 +92,16 @@ class TrainingDisplay(_Display):
         elif kind == "stage":
             self.losses = {}
             self.task = self.bar.add_task(
-                f"stage {event['stage']} ({event['parameters'] / 1e6:.2f} M parameters)",
+                f"stage {event['stage']}, {event['parameters'] / 1e6:.2f} M",
                 total=event["steps"],
                 completed=event["done"],
                 losses="",
             )
         elif self.task is not None:
             if kind in ("train", "evaluation"):
-                self.losses["training" if kind == "train" else "validation"] = event["loss"]
+                self.losses["loss" if kind == "train" else "val."] = event["loss"]
             losses = "  ".join(f"{name} {_loss(loss, 3)}" for name, loss in self.losses.items())
-            self.bar.update(self.task, completed=event["step"], losses=f"loss: {losses}" if losses else "")
+            self.bar.update(self.task, completed=event["step"], losses=losses)
 
 
 def growth_line(event: dict[str, Any]) -> str:
