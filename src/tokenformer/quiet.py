@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 from .after_import import after_import
@@ -11,6 +12,7 @@ from .after_import import after_import
 def quiet_libraries() -> None:
     """Leave the terminal to us for the rest of this process: other libraries draw bars, and warn about each other."""
     warnings.simplefilter("ignore")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     logging.disable(logging.WARNING)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     after_import("transformers.utils.logging", _quiet_transformers)

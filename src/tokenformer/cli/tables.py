@@ -94,7 +94,7 @@ def group_table(groups: Sequence[dict[str, Any]], rest: dict[str, Any]) -> Table
 def text_table(found: Sequence[dict[str, Any]], block_length: int) -> Table:
     """Tabulate evaluations of text as `evaluate --json` lists them."""
     rows = [(e["source"], short(e["text_tokens"]), f"{e['loss']:.4f}", f"{e['bits_per_byte']:.4f}") for e in found]
-    title = f"Text, in blocks of {block_length:,} text tokens"
+    title = f"Text, in text blocks of {block_length:,} text tokens"
     return tabulate(("source",), ("text tokens", "loss", "bits/byte"), rows, title)
 
 
