@@ -26,7 +26,7 @@ from tokenformer import cost
 from tokenformer.checkpoints.checkpoint import load_checkpoint, read_config
 from tokenformer.checkpoints.verify import verify_checkpoint
 from tokenformer.cli.displays import TrainingDisplay, growth_line
-from tokenformer.cli.tables import stage_table
+from tokenformer.cli.tables import stage_row, stage_table
 from tokenformer.errors import TokenformerError
 from tokenformer.quiet import quiet_libraries
 from tokenformer.training.log import read_log
@@ -141,7 +141,7 @@ def main() -> None:
     for event in read_log(folders["grown"]):
         if event["event"] == "growth":
             console.print(growth_line(event))
-    console.print(stage_table(rows(runs)))
+    console.print(stage_table(stage_row(*row) for row in rows(runs)))
     losses = {name: verify_checkpoint(checkpoints[-1]).last.loss or math.nan for name, checkpoints in runs.items()}
     for rival, meaning in (("small", "the small model trained on"), ("scratch", "the model trained from scratch")):
         difference = losses["grown"] - losses[rival]

@@ -56,7 +56,8 @@ def read_yaml(kind: type[Section], path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"recipe {path} holds {type(content).__name__}, not keys such as {_keys(kind)}")
+        found = "nothing" if content is None else type(content).__name__
+        raise RecipeError(f"recipe {path} holds {found}, not keys such as {_keys(kind)}")
     return content
 
 

@@ -303,11 +303,11 @@ def test_one_changed_byte_anywhere_is_found(name, tmp_path):
 
 def test_files_written_are_not_read_again_to_be_verified(tmp_path, monkeypatch):
     from tokenformer.checkpoints import verify
-    from tokenformer.cli.tables import stage_table
+    from tokenformer.cli.tables import stage_row
 
     save_checkpoint(tmp_path / "c", tiny(), None, Lineage().then("train", loss=1.5))
     monkeypatch.setattr(verify, "weights_digest", lambda path: pytest.fail(f"{path} is hashed"))
-    stage_table([("one", tmp_path / "c")])
+    stage_row("one", tmp_path / "c")
 
 
 # --- configurations for older versions

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,27 @@ def test_grow_keeps_the_logits_and_extends_the_lineage(run, checkpoint, tmp_path
     assert load_checkpoint(tmp_path / "new")[0].config.num_hidden_layers == 4
 
 
+def test_a_checkpoint_replaced_by_its_own_grown_self_is_told_as_it_was(run, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "c")
+    code, out, _ = run("grow", tmp_path / "c", "-o", tmp_path / "c", "--ffn", "+8", "--name", "more", "--force")
+    before, _, after = out.partition(" after ")
+    assert code == 0 and "more" in after and "before" in before and "more" not in before
+
+
+def test_costs_that_nobody_told_are_not_said_to_be_nothing(run, tmp_path):
+    from tiny_models import tiny
+
+    save_checkpoint(tmp_path / "c", tiny("ffn"), None, Lineage())
+    code, out, _ = run("grow", tmp_path / "c", "-o", tmp_path / "new", "--ffn", "+8")
+    assert code == 0 and "0 s" not in out and "0.00e00" not in out
+
+
+def test_help_tells_defaults_that_are_no_values_and_short_names_of_options(run):
+    for command, words in (("train", "[default: runs/NAME of the recipe]"), ("grow", "--ffn AMOUNT")):
+        code, out, _ = run(command, "--help", columns=80)
+        assert code == 0 and words in " ".join(out.split())
+
+
 def test_every_command_says_in_a_whole_sentence_what_it_does(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     out = run("--help")[1]
@@ -115,7 +137,7 @@ def test_every_command_says_in_a_whole_sentence_what_it_does(run, monkeypatch):
 def test_inspect_shows_groups_memory_and_lineage(run, checkpoint):
     code, out, _ = run("inspect", checkpoint)
     assert code == 0
-    for word in ("base", "grown1", "everything else", "MB", "Lineage", "stage=2", "ffn_param_tokens=+50%", "sha256"):
+    for word in ("base", "grown1", "everything else", "MB", "Lineage", "stage: 2", "ffn_param_tokens: +50%", "sha256"):
         assert word in out
 
 
@@ -253,6 +275,11 @@ def test_a_checkpoint_that_is_not_there(run, tmp_path):
     for command in ("inspect", "generate"):
         code, _, err = run(command, tmp_path / "none")
         assert code == 2 and "no checkpoint at" in err
+
+
+def test_a_folder_of_checkpoints_is_no_checkpoint_and_the_last_of_them_is_meant(run, checkpoint):
+    code, _, err = run("inspect", checkpoint.parent)
+    assert code == 2 and f"did you mean {checkpoint}?" in err
 
 
 def test_a_prompt_longer_than_the_context(run, checkpoint):

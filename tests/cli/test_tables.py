@@ -30,7 +30,7 @@ BIG = {"tokens": 123_456_789_012, "parameters": 98_765_432_101, "bytes": 987_654
 COUNTS = {projection: [262_144, 1_048_576] for projection in ("qkv", "output")}
 EVENT = Event(
     operation="consolidate",
-    arguments={"names": LONG},
+    arguments={"ffn": "+1234567890%", "names": LONG},
     parent="ab" * 32,
     text_tokens_seen=15_123_456_789_012,
     training_flops=1.2345e26,
@@ -52,7 +52,10 @@ TABLES = {
         ),
         ["262144–1048576", "123 B", "98.8 B", "987,654,321.0"],
     ),
-    "lineage": (lineage_table(Lineage(history=[EVENT])), [EVENT.date[:10], "15.1 T", "1.23e26", "10.9877"]),
+    "lineage": (
+        lineage_table(Lineage(history=[EVENT])),
+        [EVENT.date[:10], "15.1 T", "1.23e26", "10.9877", "+1234567890%"],
+    ),
     "text": (
         text_table([{"source": LONG, "text_tokens": 15e12, "loss": 10.98765, "bits_per_byte": 8.7654}], 131_072),
         ["15 T", "10.9877", "8.7654"],

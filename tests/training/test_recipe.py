@@ -134,7 +134,7 @@ def test_the_first_stage_may_grow_a_checkpoint():
         ("model: !!python/name:os.system", "r.yaml is not valid YAML: "),
         ("é: 1".encode("latin1"), "cannot read recipe .*r.yaml: not UTF-8 text"),
         ("- model", "r.yaml holds list, not keys such as model, data, training, stages, seed"),
-        ("", "r.yaml holds NoneType, not keys"),
+        ("", "r.yaml holds nothing, not keys"),
     ],
 )
 def test_what_is_no_recipe(tmp_path, text, message):

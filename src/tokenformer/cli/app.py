@@ -70,7 +70,7 @@ def train(
     from ..training.recipe import load_recipe
     from ..training.train import train as run
     from .displays import TrainingDisplay
-    from .tables import stage_table
+    from .tables import stage_row, stage_table
 
     console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun, one process speaks
     folder = output or Path("runs") / recipe.stem
@@ -85,7 +85,7 @@ def train(
         hint = f"Continue with: {command}" if began else "Nothing had begun."
         Console(stderr=True).print(f"Interrupted. {hint}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
-    console.print(stage_table((f"{i + 1}", c) for i, c in enumerate(checkpoints)))
+    console.print(stage_table(stage_row(f"{i + 1}", c) for i, c in enumerate(checkpoints)))
     console.print(f"Final checkpoint: {checkpoints[-1]}", markup=False, soft_wrap=True)
 
 
@@ -212,12 +212,12 @@ def convert_official(
 ) -> None:
     """Turn an official TokenFormer checkpoint into an ordinary Hugging Face model."""
     from ..convert.files import convert_official as run
-    from .tables import stage_table
+    from .tables import stage_row, stage_table
 
     console = Console()
     with rewriting(console) as on_progress:
         run(weights, config, output, tokenizer=tokenizer, force=force, on_progress=on_progress)
-    console.print(stage_table([("converted", output)]))
+    console.print(stage_table([stage_row("converted", output)]))
     console.print(f"Written: {output}", markup=False, soft_wrap=True)
     if tokenizer is None:
         console.print("Without a tokenizer it reads and writes ids only; --tokenizer keeps GPT-NeoX-20B's beside it.")
@@ -236,12 +236,12 @@ def convert_transformer(
 ) -> None:
     """Turn an ordinary GPT-NeoX into a TokenFormer that computes the same, and can grow everywhere."""
     from ..convert.transformer import convert_transformer as run
-    from .tables import stage_table
+    from .tables import stage_row, stage_table
 
     console = Console()
     with rewriting(console) as on_progress:
         run(checkpoint, output, force=force, on_progress=on_progress)
-    console.print(stage_table([("converted", output)]))
+    console.print(stage_table([stage_row("converted", output)]))
     console.print(f"Written: {output}", markup=False, soft_wrap=True)
 
 

@@ -20,6 +20,12 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {folder / near[0]}?" if near else ""
 
 
+def _within(folder: Path) -> str:
+    """Return a hint at the last checkpoint in a folder of several, such as a run's, or nothing."""
+    inner = sorted(entry.parent for entry in folder.glob("[!.]*/config.json"))
+    return f"; did you mean {inner[-1]}?" if inner else ""
+
+
 def check_recipe(path: Path) -> Path:
     """Return a recipe's file; RecipeError if there is none."""
     if not path.exists():
@@ -36,7 +42,7 @@ def _results(paths: list[Path]) -> list[Path]:
 
 def check_checkpoint(path: Path) -> Path:
     """Return a checkpoint's folder; CheckpointError if it is none."""
-    find_checkpoint(path, hint="" if path.exists() else _nearest(path))
+    find_checkpoint(path, hint=_within(path) if path.is_dir() else _nearest(path))
     return path
 
 

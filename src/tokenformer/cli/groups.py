@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -125,22 +125,23 @@ def merge(
     """Unite the token groups of two children of one parent."""
     from ..checkpoints.rewrite import merge_checkpoints, open_checkpoint
     from ..errors import GrowthError
+    from .tables import stage_row
 
     pairs = [pair.partition("=") for pair in rename or []]
     if not all(old and new for old, _, new in pairs):
         raise GrowthError(f"--rename takes OLD=NEW, such as grown1=python; found {', '.join(rename or [])}")
-    console = Console()
+    sources, console = (open_checkpoint(checkpoint), open_checkpoint(other)), Console()
+    rows = [stage_row("one", checkpoint), stage_row("other", other)]
     with rewriting(console) as on_progress:
         merge_checkpoints(
-            open_checkpoint(checkpoint),
-            open_checkpoint(other),
+            *sources,
             output,
             rename={old: new for old, _, new in pairs},
             norm=norm.replace("-", "_") if norm else None,
             force=force,
             on_progress=on_progress,
         )
-    _report(console, ("one", checkpoint), ("other", other), ("merged", output))
+    _report(console, *rows, stage_row("merged", output), output=output)
 
 
 @groups.command()
@@ -273,12 +274,14 @@ def _rewrite(checkpoint: Path, output: Path, operation: Callable[[Any], Any], *,
     """Do to the files of a checkpoint what `operation` says of it."""
     from ..checkpoints.files import check_target
     from ..checkpoints.rewrite import open_checkpoint, rewrite
+    from .tables import stage_row
 
     check_target(output, force=force)
     source, console = open_checkpoint(checkpoint), Console()
+    before = stage_row("before", checkpoint)  # with --force the output may be the checkpoint itself
     with rewriting(console) as on_progress:
         rewrite(source, output, operation(source), force=force, on_progress=on_progress, **event)
-    _report(console, ("before", checkpoint), ("after", output))
+    _report(console, before, stage_row("after", output), output=output)
 
 
 def _select(checkpoint: Path, output: Path, text: str, operation: Callable[[Any, Any], Any], *, force: bool) -> None:
@@ -311,8 +314,8 @@ def judged(checkpoint: Path) -> tuple[Any, Any, Callable[[str], Any]]:
     return model, tokenizer, lambda source: text_blocks(source, tokenizer, block_length=length)
 
 
-def _report(console: Console, *rows: tuple[str, Path]) -> None:
+def _report(console: Console, *rows: Sequence[str], output: Path) -> None:
     from .tables import stage_table
 
     console.print(stage_table(rows))
-    console.print(f"Written: {rows[-1][1]}", markup=False, soft_wrap=True)
+    console.print(f"Written: {output}", markup=False, soft_wrap=True)

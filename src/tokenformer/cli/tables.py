@@ -46,14 +46,32 @@ def tabulate(words: Sequence[str], numbers: Sequence[str], rows: Iterable[Row | 
     return table
 
 
-def stage_table(rows: Iterable[tuple[str, Path]], title: str = "") -> Table:
-    """Tabulate checkpoints, (label, folder) each: sizes from configurations, costs and losses from lineage.
+def stage_table(rows: Iterable[Row]) -> Table:
+    """Tabulate checkpoints, each as `stage_row` tells it.
 
     Parameters and text tokens (seen so far), parameter tokens by group, cumulative training FLOPs and time, validation
     loss in nats per text token.
     """
     numbers = ("params", "text", "FLOPs", "time", "loss", "bits/byte")
-    return tabulate(("stage", "token groups"), numbers, [_stage(label, folder) for label, folder in rows], title)
+    return tabulate(("stage", "token groups"), numbers, rows)
+
+
+def stage_row(label: str, folder: Path) -> Row:
+    """Say what a checkpoint is and has cost: sizes from its configuration, costs and losses from its lineage."""
+    from .. import cost
+    from ..checkpoints.checkpoint import read_config
+    from ..checkpoints.verify import read_lineage
+
+    config, last = read_config(folder), read_lineage(folder).last
+    spent = short(last.text_tokens_seen), scientific(last.training_flops), f"{amount(last.training_seconds)} s"
+    return (
+        label,
+        "\n".join(f"{name} {count:,}" for name, count in cost.group_tokens(config).items()),
+        short(cost.parameters(config)),
+        *(spent if last.training_flops else "–––"),  # nobody told what an ordinary checkpoint has cost
+        _loss(last.loss),
+        _loss(last.bits_per_byte),
+    )
 
 
 def lineage_table(lineage: Lineage) -> Table:
@@ -61,7 +79,7 @@ def lineage_table(lineage: Lineage) -> Table:
     rows = [
         (
             event.operation,
-            ", ".join(f"{k}={v}" for k, v in event.arguments.items() if v is not None),
+            ", ".join(f"{k}: {v}" for k, v in event.arguments.items() if v is not None),
             event.date[:10],
             (event.parent or "–")[:8],
             short(event.text_tokens_seen),
@@ -144,24 +162,6 @@ def published_table(plan: Plan) -> Table:
                 rows.append((c.label, own, published, so_far, amount(c.total_published_hours), implied))
     numbers = ("computed", "published", "computed\nso far", "published\nso far", "implied\nutilisation")
     return tabulate(("model",), numbers, rows, "Device hours")
-
-
-def _stage(label: str, folder: Path) -> Row:
-    from .. import cost
-    from ..checkpoints.checkpoint import read_config
-    from ..checkpoints.verify import read_lineage
-
-    config, last = read_config(folder), read_lineage(folder).last
-    return (
-        label,
-        "\n".join(f"{name} {count:,}" for name, count in cost.group_tokens(config).items()),
-        short(cost.parameters(config)),
-        short(last.text_tokens_seen),
-        scientific(last.training_flops),
-        f"{amount(last.training_seconds)} s",
-        _loss(last.loss),
-        _loss(last.bits_per_byte),
-    )
 
 
 def _loss(value: float | None) -> str:
