@@ -27,14 +27,9 @@ def checkpoint_facts(path: str | Path) -> dict[str, Any]:
     fields = config_fields(path)
     config: Any = SimpleNamespace(**{"model_type": None, **fields})
     row = architecture_of(config)
-    headers = {
-        _ours(row, name): header
-        for name, header in read_headers(path).items()
-        if header.dtype in _BYTES and not is_old_buffer(name)
-    }
-    if not any(name.startswith(f"{row.prefix}.") for name in headers):  # saved without its head
-        headers = {f"{row.prefix}.{name}": header for name, header in headers.items()}
-    blocks = sorted({int(number) for name in headers if (number := _block(row, name)) is not None})
+    found = {n: h for n, h in read_headers(path).items() if h.dtype in _BYTES and not is_old_buffer(n)}
+    headers = {name: found[stored] for stored, name in row.names_in_memory(found).items()}
+    blocks = {number for name in headers if (number := row.block_number(name)) is not None}
     setattr(config, row.depth, len(blocks))
     if not fields.get("token_groups"):
         for projection, field in row.counts.items():  # configurations may leave them out
@@ -90,16 +85,6 @@ def _group(config: Any, row: Architecture, group: GroupEntry, headers: dict[str,
 def _sizes(headers: dict[str, Header]) -> tuple[int, int]:
     numbers = [(math.prod(header.shape), _BYTES[header.dtype]) for header in headers.values()]
     return sum(count for count, _ in numbers), sum(count * width for count, width in numbers)
-
-
-def _ours(row: Architecture, name: str) -> str:
-    return next((ours for ours, theirs in row.stored.items() if theirs == name), name)
-
-
-def _block(row: Architecture, name: str) -> str | None:
-    start = row.block_name(0).removesuffix("0.")
-    number = name.removeprefix(start).partition(".")[0] if name.startswith(start) else ""
-    return number if number.isdigit() else None
 
 
 def _neurons(row: Architecture, headers: dict[str, Header], projection: str) -> int:

@@ -101,10 +101,7 @@ def open_checkpoint(path: str | Path) -> Stored:
     verification = verifying.submit(verify_checkpoint, path)
     verifying.shutdown(wait=False)
     row = architecture_of(config)
-    files = {next((ours for ours, theirs in row.stored.items() if theirs == n), n): where for n, where in files.items()}
-    prefix = f"{row.prefix}."
-    if not any(name.startswith(prefix) for name in files):  # saved without its head
-        files = {name if name == "lm_head.weight" else f"{prefix}{name}": where for name, where in files.items()}
+    files = {name: files[stored] for stored, name in row.names_in_memory(files).items()}
     empty = _without_weights(config)
     ignored = [re.compile(pattern) for pattern in empty._keys_to_ignore_on_load_unexpected or []]
     needed = set(empty.state_dict())

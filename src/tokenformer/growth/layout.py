@@ -6,7 +6,7 @@ The hidden neurons of an ordinary MLP are parameter tokens whose normalisation i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -103,6 +103,21 @@ class Architecture:
     def block_name(self, index: int) -> str:
         """Prefix of the names of a block's tensors in the language model's state dict."""
         return f"{self.prefix}.{self.blocks}.{index}."
+
+    def block_number(self, tensor: str) -> int | None:
+        """Number of the block that a tensor of the language model's state dict is in; None outside of them."""
+        start = self.block_name(0).removesuffix("0.")
+        number = tensor.removeprefix(start).partition(".")[0] if tensor.startswith(start) else ""
+        return int(number) if number.isdigit() else None
+
+    def names_in_memory(self, files: Collection[str]) -> dict[str, str]:
+        """Return for each tensor in files its name in the language model's state dict."""
+        ours = {theirs: name for name, theirs in self.stored.items()}
+        names = {name: ours.get(name, name) for name in files}
+        if any(name.startswith(f"{self.prefix}.") for name in names.values()):
+            return names
+        # Saved without its head.
+        return {file: name if name == "lm_head.weight" else f"{self.prefix}.{name}" for file, name in names.items()}
 
     def is_last(self, tensor: str) -> bool:
         """Whether a block whose last maps' tensors (name in the block) are zero adds nothing: is this one of them?"""

@@ -86,7 +86,7 @@ def rewritten(
     row = architecture_of(config)
     inside: dict[int, list[str]] = {i: [] for i in operation.blocks}
     for name in state:
-        number = _block_number(row.block_name(0), name)
+        number = row.block_number(name)
         if number is not None and number in inside:
             inside[number].append(name.removeprefix(row.block_name(number)))
 
@@ -110,7 +110,7 @@ def rewritten(
     def give(names: Sequence[str]) -> dict[str, Tensor]:
         given = {}
         for name in names:
-            number = _block_number(row.block_name(0), name)
+            number = row.block_number(name)
             tensor = state[name] if number is None else block(number)[name.removeprefix(row.block_name(number))]
             given[name] = tensor.contiguous()
         return given
@@ -127,7 +127,7 @@ def move_states(config: PreTrainedConfig, states: States, operation: Operation) 
     first = {source: i for i, source in reversed(list(enumerate(operation.blocks)))}
     owned = {part.own.format(group=g) for m in row.maps for part in m.parts for g in group_names(config)}
     for name, state in states.items():
-        number = _block_number(row.block_name(0), name)
+        number = row.block_number(name)
         if number is None:
             moved[name] = state
         elif number in first and (inside := name.removeprefix(row.block_name(number))) not in owned:
@@ -192,10 +192,7 @@ def shared_differences(
 
     def rest(c: PreTrainedConfig, s: State) -> set[str]:
         names = {pattern.format(group=g) for pattern in patterns for g in group_names(c)}
-        prefix = row.block_name(0)
-        return {
-            n for n in s if (i := _block_number(prefix, n)) is None or n.removeprefix(row.block_name(i)) not in names
-        }
+        return {n for n in s if (i := row.block_number(n)) is None or n.removeprefix(row.block_name(i)) not in names}
 
     ours, theirs = rest(config, state), rest(other_config, other)
     yield from sorted(ours ^ theirs)
@@ -259,10 +256,3 @@ def _add(digest: Any, name: str, tensor: Tensor) -> None:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
-
-
-def _block_number(first: str, name: str) -> int | None:
-    """Return the number of the block that a tensor is in, `first` being the prefix of block 0."""
-    start = first.removesuffix("0.")
-    number = name.removeprefix(start).partition(".")[0] if name.startswith(start) else ""
-    return int(number) if number.isdigit() else None
