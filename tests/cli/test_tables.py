@@ -30,7 +30,7 @@ BIG = {"tokens": 123_456_789_012, "parameters": 98_765_432_101, "bytes": 987_654
 COUNTS = {projection: [262_144, 1_048_576] for projection in ("qkv", "output")}
 EVENT = Event(
     operation="consolidate",
-    arguments={"ffn": "+1234567890%", "names": LONG},
+    arguments={**{"k" * n: f"+{n}000%" for n in range(8, 17)}, "names": LONG},
     parent="ab" * 32,
     text_tokens_seen=15_123_456_789_012,
     training_flops=1.2345e26,
@@ -54,7 +54,7 @@ TABLES = {
     ),
     "lineage": (
         lineage_table(Lineage(history=[EVENT])),
-        [EVENT.date[:10], "15.1 T", "1.23e26", "10.9877", "+1234567890%"],
+        [EVENT.date[:10], "15.1 T", "1.23e26", "10.9877", *(f"+{n}000%" for n in range(8, 17))],
     ),
     "text": (
         text_table([{"source": LONG, "text_tokens": 15e12, "loss": 10.98765, "bits_per_byte": 8.7654}], 131_072),
