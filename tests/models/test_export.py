@@ -11,7 +11,7 @@ DYNAMIC = torch.export.Dim.DYNAMIC
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 # transformers' own output capturing, in every model of theirs
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
 def test_torch_export_gives_the_same_logits_at_other_shapes(family, strict):

@@ -148,9 +148,7 @@ def test_old_parameters_keep_their_optimizer_state_and_new_ones_start_theirs(fin
     assert sorted(steps) == [11, 22, 22]
 
 
-@pytest.mark.parametrize(
-    "seed", [0, 1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_killed_at_any_moment_resumes_to_the_same_bits(finished, content, tmp_path, seed):
     dice = random.Random(seed)
     recipe, folder, kills = parse_recipe(content), tmp_path / "run", 0
