@@ -285,7 +285,10 @@ def test_streaming_trains_and_resumes_to_the_same_bits(content, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"stages": [{"text_tokens": 9, "frozen": ["bse"]}]}, r"frozen names 'bse'; this model has base, embedding"),
+        (
+            {"stages": [{"text_tokens": 9, "frozen": ["bse"]}]},
+            r"there is no part 'bse'; this model has base, embedding",
+        ),
         (
             {"stages": [{"text_tokens": 9, "frozen": ["base", "embedding", "final_norm", "linear_maps"]}]},
             "nothing to train",
@@ -312,7 +315,7 @@ def test_recipes_that_cannot_be_trained(content, tmp_path, change, message):
 def test_a_mistake_in_a_later_stage_is_found_at_once_and_leaves_nothing_behind(content, tmp_path):
     wrong = copy.deepcopy(content)
     wrong["stages"][2]["frozen"] = ["mroe"]
-    with pytest.raises(RecipeError, match=r"stages\.2: frozen names 'mroe'; this model has base, more, grown1"):
+    with pytest.raises(RecipeError, match=r"stages\.2: there is no part 'mroe'; this model has base, more, grown1"):
         train(parse_recipe(wrong), tmp_path / "run")
     wrong["stages"][2] = {"text_tokens": 9, "ffn_param_tokens": 40}
     with pytest.raises(GrowthError, match=r"stages\.2: ffn_param_tokens asked 40, found 48"):

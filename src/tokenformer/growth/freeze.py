@@ -96,7 +96,7 @@ def _known(config: PreTrainedConfig) -> list[str]:
 def _check(names: Iterable[str], known: Collection[str]) -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise GrowthError(f"frozen names {', '.join(map(repr, unknown))}; this model has {', '.join(known)}")
+        raise GrowthError(f"there is no part {', '.join(map(repr, unknown))}; this model has {', '.join(known)}")
 
 
 def _mark(config: PreTrainedConfig, *, more: Collection[str] = (), less: Collection[str] = ()) -> None:
