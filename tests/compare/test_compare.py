@@ -75,7 +75,7 @@ def test_impossible_rules_are_refused(content, changes, message):
         (
             {"model": SMALL, "stages": [{"at": 9, "ffn_param_tokens": 64, "frozen": ["bas"]}]},
             GrowthError,
-            "names 'bas'",
+            "there is no part 'bas'",
         ),
     ],
 )
