@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from ..training.optimization import cosine
 from .recipe import ArmStage, CompareRecipe
 
 Phase = Literal["hold", "fall", "cosine"]
@@ -119,8 +119,3 @@ def tuning_runs(recipe: CompareRecipe, arm: str) -> list[Run]:
 def final_runs(recipe: CompareRecipe, arm: str, learning_rate: float) -> list[Run]:
     """Return the runs that are reported: every seed with every budget."""
     return [Run(arm, seed, learning_rate, budget) for seed in recipe.seeds for budget in recipe.budgets]
-
-
-def cosine(peak: float, done: float, total: float) -> float:
-    """Return the learning rate at `done` of `total`, on the cosine from `peak` to a tenth of it (paper's schedule)."""
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done / total))))

@@ -31,12 +31,16 @@ def learning_rate(recipe: Recipe, stage: int, step: int) -> float:
         warmup = t.warmup * steps[stage]
         if step < warmup:
             return peak * (step + 1) / (warmup + 1)
-        progress = (step - warmup) / max(1.0, steps[stage] - warmup)
-        return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        return cosine(peak, step - warmup, max(1.0, steps[stage] - warmup))
     total, now = sum(steps), sum(steps[:stage]) + step
     rise = (now + 1) / (t.warmup * total + 1)
     fall = 1.0 if t.schedule == "constant" else (total - now) / max(1.0, t.decay * total)
     return peak * min(1.0, rise, fall)
+
+
+def cosine(peak: float, done: float, total: float) -> float:
+    """Return the learning rate at `done` of `total`, on the cosine from `peak` to a tenth of it (paper's schedule)."""
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done / total))))
 
 
 def states_by_group(model: PreTrainedModel, states: OptimizerState) -> OptimizerState:

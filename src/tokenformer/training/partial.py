@@ -37,7 +37,8 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     A state without a marker was still being written when the run ended, and nothing is wrong with that.
     """
     problems: list[str] = []
-    for state in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+    states = [state for state in folder.glob("checkpoint-*") if state.name.removeprefix("checkpoint-").isdecimal()]
+    for state in sorted(states, key=step_of, reverse=True):
         problem = _problem(state) if (state / _COMPLETE).exists() else ""
         if problem is None:
             return state, problems
