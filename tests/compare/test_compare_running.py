@@ -21,6 +21,7 @@ from tokenformer.compare.arms import final_runs, tuning_runs
 from tokenformer.compare.report import write_report
 from tokenformer.compare.results import Results, read_results
 from tokenformer.compare.run import compare, work
+from tokenformer.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -124,6 +125,17 @@ def test_results_alone_can_gain_an_arm(finished, content, tmp_path):
     assert lines[: len(kept)] == kept
     assert {line["arm"] for line in lines[len(kept) :]} == {"twin"}
     assert len(runs(lines, arm="twin", purpose="final")) == 4
+
+
+def test_segments_of_another_text_are_not_continued_from(finished, content, tmp_path):
+    """Results of one text beside the segments of another, or none: ids of segments do not tell texts apart."""
+    shutil.copytree(finished[0], tmp_path / "copy")
+    results = Results(tmp_path / "copy")
+    results.path.unlink()
+    with pytest.raises(DataError, match="segments were trained on another text: its sha256 is a…, that of this one b…"):
+        results.begin(parsed(content), "trial", {"text_sha256": "b"})
+    assert not results.path.exists()
+    results.begin(parsed(content), "trial", {"text_sha256": "a"})
 
 
 @pytest.mark.slow

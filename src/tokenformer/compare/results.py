@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from ..checkpoints.files import disk_errors
+from ..checkpoints.files import disk_errors, replacing_file
 from ..checkpoints.lineage import Event
 from ..errors import DataError, RecipeError
 from .recipe import CompareRecipe
@@ -59,7 +59,7 @@ class Results:
 
         Raises:
             RecipeError: the comparison began with other rules; arms, seeds and budgets may be added, nothing else.
-            DataError: it began with another text.
+            DataError: it began with another text, or its segments did.
         """
         content = recipe.model_dump(exclude_unset=True)
         began = next((line["recipe"] for line in reversed(self.lines()) if line["event"] == "recipe"), content)
@@ -72,7 +72,23 @@ class Results:
             )
         line = {"event": "recipe", "name": name, "recipe": content, "text": text, **_circumstances(recipe)}
         check_same_text([*(there for there in self.lines() if there["event"] == "recipe"), line])
+        self._claim_segments(text["text_sha256"])
         self.add(line)
+
+    def _claim_segments(self, text_sha256: str) -> None:
+        """Write beside the segments which text they are of: their ids do not tell, and files can be moved apart."""
+        file = self.path.parent / "segments" / "text_sha256"
+        with self.lock, disk_errors(file):
+            if not file.exists():
+                with replacing_file(file) as new:
+                    new.write_text(text_sha256, encoding="utf-8")
+            found = file.read_text(encoding="utf-8")
+        if found != text_sha256:
+            raise DataError(
+                f"the segments in {file.parent} were trained on another text: its sha256 is {found[:12]}…, that of "
+                f"this one {text_sha256[:12]}…. Delete that folder to train them again, bring the first text back, or "
+                "use another folder with --output"
+            )
 
 
 def read_results(path: Path) -> list[Line]:
