@@ -277,6 +277,7 @@ def test_the_command_prints_the_papers_plan_in_80_columns(monkeypatch):
     assert "gpt_neox 24 × 2048 6,417 11,600 6,417 11,600 0.221" in lines
     text = " ".join(result.output.split())
     assert "gpt_neox 24 × 2048 from scratch 2.54e21, 3.62 times as many. Text tokens: 390 B against 300 B" in text
+    assert "With 124m there already, growing takes 4.45e20 FLOPs, 0.175 times those of gpt_neox 24 × 2048" in text
     assert "imply a utilisation of 0.152 to 0.221" in text
 
 

@@ -276,6 +276,7 @@ def conclusions(plan: Plan) -> list[str]:
     if plan.scratch:
         grown, scratch = plan.grown_costs[-1], plan.scratch_costs[-1]
         affordable = scratch.total_text_tokens * grown.total_flops / scratch.total_flops
+        owned = grown.total_flops - plan.grown_costs[0].total_flops
         said += [
             f"Growing to {grown.label} takes {scientific(grown.total_flops)} FLOPs, all stages included; "
             f"{scratch.label} from scratch {scientific(scratch.total_flops)}, "
@@ -283,6 +284,14 @@ def conclusions(plan: Plan) -> list[str]:
             f"{_compared('Text tokens', grown.total_text_tokens, scratch.total_text_tokens)}; "
             f"{_compared('parameters', grown.parameters, scratch.parameters)}.",
             f"For the FLOPs of growing, {scratch.label} could read {short(affordable)} text tokens.",
+            *(
+                [
+                    f"With {plan.grown[0].label} there already, growing takes {scientific(owned)} FLOPs, "
+                    f"{owned / scratch.total_flops:.3g} times those of {scratch.label} from scratch."
+                ]
+                if owned
+                else []
+            ),
             "A plan cannot say which of them is better then; `tokenformer compare` measures it.",
         ]
     if plan.grown[0].run and len(plan.grown) > 1:

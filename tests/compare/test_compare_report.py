@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenformer import cost
+from tokenformer.compare.accounting import saving
 from tokenformer.compare.chart import interactive_curves
 from tokenformer.compare.findings import Findings
 from tokenformer.compare.page import Code, Paragraph, Table, html_page, markdown_page, scientific
@@ -265,10 +266,10 @@ def test_savings_and_crossings_are_those_of_the_known_curves():
     assert findings.best(BUDGETS[-1], grown=False) == "ffn small, trained on"
     noise = {arm: run(arm, 0, 1e11)["bits_per_byte"] for arm in ARMS}
     target = run(SCRATCH, 0, BUDGETS[-1], 4e-3)["bits_per_byte"]
-    saving = findings.saving(WIDENED, SCRATCH)
-    assert saving.flops == pytest.approx(1e11 * math.exp((noise[WIDENED] - target) / ARMS[WIDENED][4]))
-    assert saving.ratio == pytest.approx(saving.flops / BUDGETS[-1])
-    assert findings.saving("tokenformer scratch", SCRATCH) is None
+    spent = saving(findings, WIDENED, SCRATCH)
+    assert spent.flops == pytest.approx(1e11 * math.exp((noise[WIDENED] - target) / ARMS[WIDENED][4]))
+    assert spent.share == pytest.approx(spent.flops / BUDGETS[-1])
+    assert saving(findings, "tokenformer scratch", SCRATCH) is None
 
 
 def test_reference_and_best_share_one_p_value():

@@ -7,6 +7,7 @@ from statistics import median
 
 from transformers import AutoConfig
 
+from .accounting import accounts
 from .arms import segments, tuning_runs
 from .findings import Contrast, Findings
 from .page import Bullets, Element, Folded, Heading, Paragraph, Table, scientific
@@ -112,17 +113,7 @@ def _sentences(findings: Findings) -> Iterator[str]:
     if rival and rival != reference:
         kind = "never grows" if findings.grown(best) else "grows"
         yield f"The best arm that {kind}: {findings.contrasts(budget, best)[rival].verdict.sentence}."
-    plain = findings.best(budget, grown=False)
-    savings = {
-        arm: saving.ratio
-        for arm in findings.arms
-        if plain and findings.grown(arm) and (saving := findings.saving(arm, plain)) is not None
-    }
-    if savings:
-        least = min(savings, key=savings.__getitem__)
-        yield f"{least} reaches the final bits per byte of {plain} with {savings[least]:.2f} × its training FLOPs."
-    elif plain and rival:
-        yield f"No arm that grows reaches the final bits per byte of {plain}."
+    yield from accounts(findings)
     doubts = list(_doubts(findings))
     if doubts:
         yield f"This is a first look: {', and '.join(doubts)}."

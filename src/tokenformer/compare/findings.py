@@ -14,7 +14,7 @@ from ..training.model import ModelSection
 from .page import scientific
 from .recipe import CompareRecipe
 from .results import MAY_GAIN, Line, check_same_text
-from .statistics import Estimate, Verdict, estimate, holm, paired_difference, reached, verdict
+from .statistics import Estimate, Verdict, estimate, holm, paired_difference, verdict
 
 _UNITS = {"training_flops": "training FLOPs", "text_tokens": "text tokens", "seconds": "seconds of training"}
 
@@ -31,20 +31,6 @@ class Contrast:
     def __str__(self) -> str:
         sign = "+" if self.difference.mean > 0 else ""
         return f"{sign}{self.difference}".replace("-", "−")
-
-
-@dataclass(frozen=True)
-class Saving:
-    """What an arm spends until it is as good as another at the end of its largest budget."""
-
-    flops: float
-    """Training FLOPs, all stages."""
-    ratio: float
-    """To what the other spends."""
-    by_seed: list[float]
-    """The same ratio for each seed on its own that gets there."""
-    at_once: bool
-    """It is as good at its smallest budget already, so that it may need less."""
 
 
 @dataclass(frozen=True)
@@ -180,13 +166,10 @@ class Findings:
         """Return the budgets that an arm has results at, smallest first."""
         return [budget for budget in self.budgets if (arm, budget) in self.finals]
 
-    def curve(self, arm: str, field: str = "training_flops", *, seed: int | None = None) -> list[tuple[float, float]]:
-        """Return the decayed ends of an arm's runs, (`field`, bits per byte) by rising budget: means, or one seed's."""
-        kept = {
-            budget: [line for s, line in sorted(self.finals[arm, budget].items()) if seed in (None, s)]
-            for budget in self.budgets_of(arm)
-        }
-        return [(_mean(lines, field), _mean(lines, "bits_per_byte")) for lines in kept.values() if lines]
+    def curve(self, arm: str, field: str = "training_flops") -> list[tuple[float, float]]:
+        """Return the decayed ends of an arm's runs, (`field`, bits per byte) by rising budget: means over seeds."""
+        ends = (list(self.finals[arm, budget].values()) for budget in self.budgets_of(arm))
+        return [(_mean(lines, field), _mean(lines, "bits_per_byte")) for lines in ends]
 
     def contrasts(self, budget: float, other: str) -> dict[str, Contrast]:
         """Compare every arm at a budget with one of them, over common seeds, best first.
@@ -213,20 +196,6 @@ class Findings:
             )
             for arm, difference in found.items()
         }
-
-    def saving(self, arm: str, target: str) -> Saving | None:
-        """Return what an arm spends until it is as good as `target` in the end; None if it never is."""
-        flops, goal = self.curve(target)[-1]
-        final = self.finals[target, self.budgets_of(target)[-1]]
-        spent = reached(self.curve(arm), goal)
-        if spent is None:
-            return None
-        ratios = []
-        for seed in sorted(final):
-            ends, curve = self.curve(target, seed=seed), self.curve(arm, seed=seed)
-            there = reached(curve, ends[-1][1])
-            ratios += [there / ends[-1][0]] if there else []
-        return Saving(spent, spent / flops, ratios, spent == self.curve(arm)[0][0])
 
     def missing(self) -> list[str]:
         """Say which final runs the recipe asks for and the results do not have, and which diverged."""

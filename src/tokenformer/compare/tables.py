@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from transformers import AutoConfig
 
 from .. import cost
+from .accounting import Account, counted, owned, saving, scratch_twin
 from .findings import Contrast, Findings
 from .page import Bullets, Element, Folded, Heading, Paragraph, Picture, Table, scientific
 from .pictures import draw_attention
@@ -57,22 +58,38 @@ def results(findings: Findings) -> Iterator[Element]:
 
 
 def savings(findings: Findings) -> Iterator[Element]:
-    """FLOPs to become as good as the reference and the best never-grown arm, and where curves cross."""
+    """FLOPs to become as good as the reference, the two accounts of growing, and where curves cross."""
     reference, plain = findings.recipe.rules.reference, findings.best(findings.last, grown=False)
-    targets = [arm for arm in dict.fromkeys([reference, plain]) if arm in findings.arms]
+    grown = [arm for arm in findings.arms if findings.grown(arm)]
+    if grown:
+        yield Heading("Does growing pay?")
+        yield Paragraph(
+            "Two accounts of the same results. Counted: the training FLOPs that an arm needs, with its first model and "
+            "every growth, to become as good as the best arm that never grows is in the end, and their ratio to what "
+            "that one spends. Owned: the first model is there already and its cost is sunk. The account is of what the "
+            "arm needs after its first growth to become as good as an arm that trains its last size (within 3 %) from "
+            "scratch, and the ratio to what that one spends. Growing pays where the ratio is below 1."
+        )
+        yield Table(
+            ["arm", f"counted, to {plain or 'an arm that never grows'}", "owned", "to its last size from scratch"],
+            [
+                [arm, _spent(counted(findings, arm)), *((_spent(owned(findings, arm)), twin) if twin else ("–", "–"))]
+                for arm in grown
+                for twin in [scratch_twin(findings, arm)]
+            ],
+        )
     yield Heading("Savings")
     yield Paragraph(
-        "The training FLOPs that an arm needs to become as good as another is at the end of its largest budget, and "
-        "their ratio to the other's FLOPs, which is below 1 where the arm saves. The range over seeds, or how many of "
-        "them get there, stands in brackets. Between budgets, bits per byte are interpolated in the logarithm of "
-        "FLOPs; nothing is extrapolated."
+        "The training FLOPs that an arm needs to become as good as the reference is at the end of the budget that "
+        "decides, and their ratio to the reference's FLOPs. Here and above, the range over seeds, or how many of them "
+        "get there, stands in brackets. Between budgets, bits per byte are interpolated in the logarithm of FLOPs; "
+        "nothing is extrapolated."
     )
     yield Table(
-        ["arm", *(f"to {findings.curve(target)[-1][1]:.4f}, {target}" for target in targets)],
-        [[arm, *(_saving(findings, arm, target) for target in targets)] for arm in findings.arms],
+        ["arm", f"to {reference}"],
+        [[arm, _spent(saving(findings, arm, reference))] for arm in findings.arms],
         marked=[reference],
     )
-    grown = [arm for arm in findings.arms if findings.grown(arm)]
     if not grown or not plain:
         return
     yield Heading("Where growing begins to pay")
@@ -203,17 +220,15 @@ def _p(value: float | None) -> str:
     return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"
 
 
-def _saving(findings: Findings, arm: str, target: str) -> str:
-    saving = findings.saving(arm, target)
-    if saving is None:
+def _spent(account: Account | None) -> str:
+    if account is None:
         return "not reached"
-    told = f"{'≤ ' if saving.at_once else ''}{scientific(saving.flops)}: {saving.ratio:.2f} ×"
-    seeds = len(findings.runs(arm))
-    if arm == target or seeds == 1:
+    told = f"{'≤ ' if account.at_once else ''}{scientific(account.flops)}: {account.share:.2f} ×"
+    if account.arm == account.target or account.seeds == 1:
         return told
-    if len(saving.by_seed) < seeds:
-        return f"{told} ({len(saving.by_seed)} of {seeds} seeds)"
-    return f"{told} ({min(saving.by_seed):.2f}–{max(saving.by_seed):.2f})"
+    if len(account.by_seed) < account.seeds:
+        return f"{told} ({len(account.by_seed)} of {account.seeds} seeds)"
+    return f"{told} ({min(account.by_seed):.2f}–{max(account.by_seed):.2f})"
 
 
 def _crossing(findings: Findings, arm: str, other: str | None) -> str:
