@@ -2,14 +2,26 @@
 
 import pytest
 import torch
-from group_operations import as_trained, facts, leftovers, make_family, same, same_files, train_only  # noqa: F401
+from group_operations import (
+    as_trained,
+    child,
+    facts,
+    leftovers,
+    logits,
+    make_family,  # noqa: F401
+    on_disk,
+    ordinary,
+    same,
+    same_files,
+    train_only,
+)
 from safetensors.torch import load_file, save_file
 from tiny_models import two_groups
 from typer.testing import CliRunner
 
 from tokenformer import grow
 from tokenformer.checkpoints.addons import attach, attach_operation, split, split_state
-from tokenformer.checkpoints.checkpoint import save_checkpoint
+from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from tokenformer.checkpoints.lineage import Lineage
 from tokenformer.checkpoints.rewrite import merge_checkpoints, open_checkpoint, rewrite
 from tokenformer.checkpoints.verify import weight_files, weights_digest
@@ -51,6 +63,33 @@ def test_split_and_attach_in_memory(family):
     content = disk.read_bytes()
     train_only(models["parent"], "a")  # does not write through to the file
     assert disk.read_bytes() == content
+
+
+@pytest.mark.parametrize("make", [lambda: two_groups("ffn"), ordinary], ids=["tokenformer", "llama"])
+def test_an_addon_trained_in_float32_goes_onto_the_bfloat16_parent_it_came_from(make, tmp_path):
+    """Training writes float32; the same numbers in another type are the same parent, and rounded ones are not."""
+
+    def addon_of(parent):
+        model = child(load_checkpoint(tmp_path / parent, dtype=torch.float32)[0], "new")
+        save_checkpoint(tmp_path / f"child of {parent}", model, None, Lineage())
+        source = open_checkpoint(tmp_path / f"child of {parent}")
+        return split_checkpoint(source, "new", tmp_path / f"{parent}.safetensors")
+
+    save_checkpoint(tmp_path / "exact", make(), None, Lineage())
+    save_checkpoint(tmp_path / "rounded", make().to(torch.bfloat16), None, Lineage())
+    wanted = logits(load_checkpoint(addon_of("rounded").with_name("child of rounded"), dtype=torch.bfloat16)[0])
+    attach_addon(open_checkpoint(tmp_path / "rounded"), tmp_path / "rounded.safetensors", tmp_path / "again")
+    assert {tensor.dtype for tensor in on_disk(tmp_path / "again").values()} == {torch.bfloat16}
+    assert torch.equal(logits(load_checkpoint(tmp_path / "again")[0]), wanted)
+    memory = load_checkpoint(tmp_path / "rounded")[0]
+    attach(memory, tmp_path / "rounded.safetensors")
+    assert torch.equal(logits(memory), wanted)
+    with pytest.raises(GrowthError, match=r"belongs to another parent: .*\. Attach it to the checkpoint"):
+        attach_addon(open_checkpoint(tmp_path / "exact"), tmp_path / "rounded.safetensors", tmp_path / "out")
+    with pytest.raises(
+        GrowthError, match=r"split from a float32 checkpoint, and this one is bfloat16\. If this is its"
+    ):
+        attach_addon(open_checkpoint(tmp_path / "rounded"), addon_of("exact"), tmp_path / "out")
 
 
 def flip(file):

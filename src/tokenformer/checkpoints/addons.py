@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +26,7 @@ from .files import check_file, replacing_file
 from .rewrite import StoredTensors
 
 _KEY = "tokenformer_addon"
+_GATES = ".gates."  # in names of what has a type of its own
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,10 @@ def split_state(config: PreTrainedConfig, state: State, name: str, output: str |
 
 
 def attach(model: PreTrainedModel, file: str | Path, *, name: str | None = None) -> None:
-    """Put the token group of an add-on onto a model in memory, in place.
+    """Put the token group of an add-on onto a model in memory, in place; it takes the model's type.
 
     Args:
-        model: with the weights of the add-on's parent; it may have further token groups.
+        model: with the weights of the add-on's parent, in any type that holds them; it may have further token groups.
         file: that `split` wrote.
         name: of the group there; default as it was.
 
@@ -121,7 +123,8 @@ def attach(model: PreTrainedModel, file: str | Path, *, name: str | None = None)
 def attach_operation(config: PreTrainedConfig, state: State, file: str | Path, *, name: str | None = None) -> Operation:
     """Return what `attach` does to a model with these tensors; errors as there."""
     addon, tensors = _read(Path(file))
-    _check_parent(config, state, addon, Path(file))
+    dtype = _dtype(state)
+    _check_parent(config, state, addon, Path(file), types=(_dtype(tensors), dtype))
     taken = group_names(config)
     target = name or addon.group["name"]
     if target in taken:
@@ -132,7 +135,10 @@ def attach_operation(config: PreTrainedConfig, state: State, file: str | Path, *
         setattr(theirs, field, tau)
 
     def read(block: int, token_map: TokenMap) -> Groups:
-        return read_own(theirs, tensors, block, token_map)
+        return {
+            group: {part: tensor if _GATES in part else tensor.to(dtype) for part, tensor in parts.items()}
+            for group, parts in read_own(theirs, tensors, block, token_map).items()
+        }
 
     norm = getattr(config, "token_group_norm", None)
     if is_normalised(config) and norm != addon.norm and len(taken) > 1:
@@ -157,13 +163,27 @@ def _read(file: Path) -> tuple[Addon, Mapping[str, Tensor]]:
     return addon, stored
 
 
-def _check_parent(config: PreTrainedConfig, state: State, addon: Addon, file: Path) -> None:
+def _dtype(state: State) -> torch.dtype:
+    """Return the type of weights: that of the first, an embedding or a key."""
+    return next(tensor.dtype for name, tensor in state.items() if _GATES not in name)
+
+
+def _check_parent(
+    config: PreTrainedConfig, state: State, addon: Addon, file: Path, *, types: tuple[torch.dtype, torch.dtype]
+) -> None:
     if addon.model_type != config.model_type:
         raise GrowthError(f"{file} belongs to a {addon.model_type!r} model; this is a {config.model_type!r} model")
     digest = content_digest(config, state, addon.parent_groups)
     if digest != addon.parent:
+        theirs, ours = (str(dtype).removeprefix("torch.") for dtype in types)
+        remedy = "Attach it to the checkpoint it was split from"
+        if theirs != ours:
+            remedy = (
+                f"It was split from a {theirs} checkpoint, and this one is {ours}. If this is its parent rounded, load "
+                f"the child as {ours}, save it and split that; or attach it to the {theirs} parent"
+            )
         raise GrowthError(
             f"{file} belongs to another parent: the weights that it grew on have sha256 {addon.parent[:12]}… (token "
             f"groups {', '.join(addon.parent_groups)}), the same of this model {digest[:12]}… (it has "
-            f"{', '.join(group_names(config))}). Attach it to the checkpoint it was split from"
+            f"{', '.join(group_names(config))}). {remedy}"
         )
