@@ -196,6 +196,24 @@ def test_no_other_library_writes_to_the_terminal(run, checkpoint, text, tmp_path
     assert code == 0 and "sort" in err and len(err.splitlines()) == 1
 
 
+def test_a_share_of_what_nobody_sorted_is_taken_with_a_note(run, checkpoint, text, tmp_path):
+    commands = (["shrink", "-o", tmp_path / "half", "--force"], ["evaluate", "--text", text])
+    for name, *arguments in commands:
+        code, _, err = run(name, checkpoint, *arguments, "--keep", "0.5")
+        assert code == 0 and "lineage tells of no sort and no nested_dropout" in err and len(err.splitlines()) == 1
+    assert run("sort", checkpoint, "--text", text, "-o", tmp_path / "sorted")[0] == 0
+    for name, *arguments in commands:
+        assert run(name, tmp_path / "sorted", *arguments, "--keep", "0.5")[2] == ""
+    assert run("evaluate", checkpoint, "--text", text, "--keep", "1")[2] == ""
+
+
+@pytest.mark.parametrize(("stage", "ordered"), [(1, True), (2, False)])
+def test_nested_dropout_puts_the_tokens_in_order_in_the_stage_that_has_it(stage, ordered):
+    stages = [{"text_tokens": 1, "nested_dropout": 0.5}, {"text_tokens": 1}]
+    lineage = Lineage().then("train", arguments={"stage": stage}, recipe={"stages": stages})
+    assert lineage.ordered is ordered and not Lineage().ordered
+
+
 def test_generate_streams_the_same_text_for_the_same_seed(run, checkpoint):
     arguments = ("generate", checkpoint, "the quick", "--max-new-tokens", "20", "--seed", "1")
     code, out, _ = run(*arguments)

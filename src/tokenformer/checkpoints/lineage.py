@@ -73,6 +73,11 @@ class Lineage(pydantic.BaseModel):
         """The recipe of the last training, or None where there was none."""
         return next((event.recipe for event in reversed(self.history) if event.recipe), None)
 
+    @property
+    def ordered(self) -> bool:
+        """Whether the parameter tokens that matter most were put first: sorted, or trained with nested dropout."""
+        return any(event.operation == "sort" or _nested_dropout(event) for event in self.history)
+
     def then(self, operation: str, **event: Any) -> Lineage:
         """Return this lineage with one more event, which carries the costs on where it does not state them."""
         fields = ("text_tokens_seen", "training_flops", "training_seconds")
@@ -80,3 +85,8 @@ class Lineage(pydantic.BaseModel):
         before = {"parent": self.weights_sha256, "parent_dtype": self.dtype}
         new = Event(**{"operation": operation, **before, **costs, **event})
         return Lineage(history=[*self.history, new])
+
+
+def _nested_dropout(event: Event) -> bool:
+    stage = event.arguments.get("stage")
+    return bool(event.recipe and stage and event.recipe["stages"][stage - 1].get("nested_dropout"))

@@ -18,7 +18,7 @@ from rich.padding import Padding
 from ..quiet import quiet_libraries
 from .arguments import Checkpoint, Force, Json, Keep, Output, check_checkpoint, check_recipe
 from .compare import comparisons
-from .groups import groups, rewriting
+from .groups import groups, note_order, rewriting
 from .inspect import inspection
 
 app = typer.Typer(
@@ -106,7 +106,8 @@ def generate(
     from ..checkpoints.checkpoint import load_checkpoint
     from ..errors import TokenizerError
 
-    model, tokenizer, _ = load_checkpoint(checkpoint, keep=keep)
+    model, tokenizer, lineage = load_checkpoint(checkpoint, keep=keep)
+    note_order(lineage, keep)
     model.to(torch.accelerator.current_accelerator() or "cpu")
     if tokenizer is None:
         raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")
@@ -163,6 +164,7 @@ def evaluate(
     if not text and not tasks:
         raise EvaluationError("nothing to evaluate on: give --text SOURCE, --tasks TASKS, or both")
     model, tokenizer, lineage = load_checkpoint(checkpoint, keep=keep)
+    note_order(lineage, keep)
     if tokenizer is None:
         raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")
     model.to(torch.accelerator.current_accelerator() or "cpu")

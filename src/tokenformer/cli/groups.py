@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from .arguments import Checkpoint, Force, Output, Parts, Text, check_checkpoint
+
+if TYPE_CHECKING:
+    from ..checkpoints.lineage import Lineage
 
 groups = typer.Typer()
 
@@ -219,9 +222,12 @@ def shrink(
     force: Force = False,
 ) -> None:
     """Keep the first share of each token group. The checkpoint should be one that `sort` has sorted."""
+    from ..checkpoints.verify import read_lineage
     from ..growth.select import shrink_operation
 
+    lineage = read_lineage(checkpoint)  # with --force the output may be the checkpoint itself
     _rewrite(checkpoint, output, lambda source: shrink_operation(source.config, keep), force=force)
+    note_order(lineage, keep)
 
 
 @groups.command()
@@ -312,6 +318,17 @@ def judged(checkpoint: Path) -> tuple[Any, Any, Callable[[str], Any]]:
     model.to(torch.accelerator.current_accelerator() or "cpu")
     length = min(model.config.max_position_embeddings, 512)
     return model, tokenizer, lambda source: text_blocks(source, tokenizer, block_length=length)
+
+
+def note_order(lineage: Lineage, keep: float) -> None:
+    """Say where the first share of the parameter tokens is taken of a model that nobody has put in order."""
+    if keep < 1 and not lineage.ordered:
+        Console(stderr=True).print(
+            "note: the checkpoint's lineage tells of no sort and no nested_dropout, so its first parameter tokens may "
+            "be any; `tokenformer sort` puts those that matter first",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 def _report(console: Console, *rows: Sequence[str], output: Path) -> None:
