@@ -42,6 +42,8 @@ CASES = {
     "random_keys on linear maps": (lambda: tokenformer(family="ffn"), {"qkv_param_tokens": 16}),
     "recomputed_tau": (tokenformer, COUNTS),
     "published": (tokenformer, COUNTS),
+    "shrink_pad_perturb": (tokenformer, {**COUNTS, "num_hidden_layers": 3}),
+    "shrink_pad_perturb neox": (neox, {"ffn_param_tokens": "+16", "shrink": 0.5}),
     "hyperclone": (neox, {"factor": 2}),
     "stack": (tokenformer, {"num_hidden_layers": 4}),
     "stack neox": (neox, {"num_hidden_layers": 6}),
@@ -126,7 +128,9 @@ def test_what_goes_on_keeps_its_state_and_everything_learns(case):
     before, states, model, kept = grown(case)
     parameters = dict(model.named_parameters())
     assert all(kept[n]["exp_avg"].shape == parameters[n].shape for n in kept)
-    if case != "hyperclone":
+    if case.startswith("shrink"):
+        assert not kept
+    elif case != "hyperclone":
         old = {id(states[name]): p for name, p in before.named_parameters()}
         assert {id(state) for state in kept.values()} == old.keys()
         assert all(torch.equal(parameters[n], old[id(state)]) for n, state in kept.items())
@@ -182,6 +186,25 @@ def test_recomputing_tau_alone_scales_what_the_activation_sees():
         layers = model.pattention_layers[projection]
         assert {layer.tau for layer in layers} == {getattr(model.config, f"{projection}_tau")} == {math.sqrt(n)}
     assert before.config.ffn_tau == math.sqrt(160)
+
+
+@pytest.mark.parametrize("case", ["shrink_pad_perturb", "shrink_pad_perturb neox"])
+def test_shrink_pad_perturb_adds_a_new_model_to_the_shrunk_old_one(case):
+    before, states, model, kept = grown(case)
+    make, amounts = CASES[case]
+    drawn = dict(grow_by(make(), {}, "shrink_pad_perturb", seed=0, **{**amounts, "shrink": 0})[0].named_parameters())
+    new = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float64)
+    group_neurons(new)
+    group_neurons(before)
+    old, usual = dict(before.named_parameters()), dict(new.named_parameters())
+    assert states and not kept
+    for name, weight in model.named_parameters():
+        if weight.dim() >= 2:
+            assert drawn[name].std().item() == pytest.approx(usual[name].std().item(), rel=0.2)
+            padded = old[name] if name in old else torch.zeros_like(weight)
+            assert torch.allclose(weight, amounts.get("shrink", 0.4) * padded + drawn[name], rtol=1e-12)
+        elif name in old:
+            assert torch.equal(weight, old[name])
 
 
 @pytest.mark.parametrize(("factor", "rotary"), [(2, 0.5), (3, 1.0)])

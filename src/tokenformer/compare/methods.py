@@ -24,6 +24,8 @@ Grown = tuple[PreTrainedModel, OptimizerState]
 
 _TOKENS = ("qkv_param_tokens", "output_param_tokens", "ffn_param_tokens")
 _TOKENFORMER, _BOTH = ("tokenformer",), ("tokenformer", "gpt_neox")
+# What shrink_pad_perturb multiplies old weights by, unless told otherwise.
+_SHRINK = 0.4
 # HyperCloning's noise lies so far below the weights that it is added to.
 _SIGNAL_TO_NOISE_DB = 10.0
 _EMBEDDING, _HEAD, _FINAL_NORM = "gpt_neox.embed_in.", "lm_head.", "gpt_neox.final_layer_norm."
@@ -113,6 +115,28 @@ def _departing(
                     if half.weight.is_meta or not half.weight.any():
                         reset_linear(half)
     return model, states
+
+
+def _shrink_pad_perturb(
+    model: PreTrainedModel, states: OptimizerState, *, shrink: float = _SHRINK, **amounts: Amount
+) -> Grown:
+    """Multiply the old matrices by `shrink`, pad them with zeros, and add those of a new model of the last size.
+
+    Mallik et al., When is warmstarting effective for scaling language models? (arXiv 2605.13405), who find that growth
+    need not keep outputs. Only the paper's abstract was at hand: the factor is this project's, of Ash and Adams' shrink
+    and perturb (arXiv 1910.08475). Norms and biases stay, τ is kept, and the optimizer starts afresh.
+    """
+    old = set(model.parameters())
+    grow_with_states(model, states, **amounts)
+    new = _fresh(model, model.config)
+    group_neurons(new)
+    drawn = dict(new.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter not in old:
+            parameter.copy_(drawn[name])
+        elif parameter.dim() >= 2:
+            parameter.mul_(shrink).add_(drawn[name])
+    return model, {}
 
 
 def _hyperclone(model: PreTrainedModel, states: OptimizerState, *, factor: int) -> Grown:
@@ -230,6 +254,7 @@ METHODS: dict[str, Method] = {
     "random_keys": Method(partial(_departing, random_keys=True, recomputed_tau=False), _TOKENS, _TOKENFORMER),
     "recomputed_tau": Method(partial(_departing, random_keys=False, recomputed_tau=True), _TOKENS, _TOKENFORMER),
     "published": Method(partial(_departing, random_keys=True, recomputed_tau=True), _TOKENS, _TOKENFORMER),
+    "shrink_pad_perturb": Method(_shrink_pad_perturb, (*_TOKENS, "num_hidden_layers", "shrink"), _BOTH),
     "hyperclone": Method(_hyperclone, ("factor",), ("gpt_neox",)),
     "stack": Method(_stack, ("num_hidden_layers",), _BOTH),
     "random_blocks": Method(_random_blocks, ("num_hidden_layers",), _BOTH),

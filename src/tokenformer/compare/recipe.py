@@ -28,7 +28,8 @@ class ArmStage(Section):
     """What has been spent by then, all earlier stages included, in the unit of `equal`. A run whose learning rate
     begins to decay here or earlier ends without this growth."""
     method: str = "exact"
-    """How it grows: exact, random_keys, recomputed_tau, published, hyperclone, stack or random_blocks."""
+    """How it grows: exact, random_keys, recomputed_tau, published, shrink_pad_perturb, hyperclone, stack or
+    random_blocks."""
     qkv_param_tokens: Amount | None = None
     """Parameter tokens to reach in each of query, key and value: a total, or what to add as "+256" or "+50%"."""
     output_param_tokens: Amount | None = None
@@ -39,6 +40,8 @@ class ArmStage(Section):
     """Blocks to reach."""
     factor: int | None = Field(None, gt=1)
     """What hyperclone multiplies the width by."""
+    shrink: float | None = Field(None, ge=0, le=1)
+    """What shrink_pad_perturb multiplies the old weights by. Default: 0.4."""
     frozen: list[str] = Field([])
     """What does not train from then on, as in `stages[].frozen` of a training recipe: "base" freezes the old tokens."""
 
