@@ -17,10 +17,11 @@ from transformers import AutoConfig
 
 from tokenformer import cost
 from tokenformer.compare import run as running
-from tokenformer.compare.arms import final_runs, tuning_runs
+from tokenformer.compare.arms import final_runs
 from tokenformer.compare.report import write_report
 from tokenformer.compare.results import Results, read_results
 from tokenformer.compare.run import compare, work
+from tokenformer.compare.tuning import tuning as search
 from tokenformer.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -57,14 +58,14 @@ def test_every_arm_is_tuned_then_run_with_every_seed_and_budget(finished, conten
     recipe, (_, lines, _) = parsed(content), finished
     for arm in recipe.arms:
         tuning, final = runs(lines, arm=arm, purpose="tuning"), runs(lines, arm=arm, purpose="final")
-        best = min(tuning, key=lambda line: line["tuning_bits_per_byte"])["learning_rate"]
+        found = search(recipe, arm, lines)
         key = operator.itemgetter("arm", "seed", "learning_rate", "budget")
-        assert {key(e) for e in tuning} == {
-            (r.arm, r.seed, r.learning_rate, r.budget) for r in tuning_runs(recipe, arm)
-        }
+        assert {key(e) for e in tuning} == {(r.arm, r.seed, r.learning_rate, r.budget) for r in found.runs}
         assert {key(e) for e in final} == {
-            (r.arm, r.seed, r.learning_rate, r.budget) for r in final_runs(recipe, arm, best)
+            (r.arm, r.seed, r.learning_rate, r.budget) for r in final_runs(recipe, arm, found.rate)
         }
+        assert found.settled
+        assert {1e-3, 1e-2} < {line["learning_rate"] for line in tuning}  # a grid of two has no inside
     assert all(line["bits_per_byte"] != line["tuning_bits_per_byte"] for line in runs(lines))
 
 

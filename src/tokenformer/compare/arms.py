@@ -110,12 +110,6 @@ def segments(recipe: CompareRecipe, run: Run) -> list[Segment]:
     return found
 
 
-def tuning_runs(recipe: CompareRecipe, arm: str) -> list[Run]:
-    """Return the runs that find an arm's learning rate: none where there is only one to try."""
-    rates = recipe.learning_rates if len(recipe.learning_rates) > 1 else []
-    return [Run(arm, recipe.seeds[0], rate, recipe.tuning_budget) for rate in rates]
-
-
 def final_runs(recipe: CompareRecipe, arm: str, learning_rate: float) -> list[Run]:
     """Return the runs that are reported: every seed with every budget."""
     return [Run(arm, seed, learning_rate, budget) for seed in recipe.seeds for budget in recipe.budgets]

@@ -8,7 +8,7 @@ from statistics import median
 from transformers import AutoConfig
 
 from .accounting import accounts
-from .arms import segments, tuning_runs
+from .arms import Run, segments
 from .findings import Contrast, Findings
 from .page import Bullets, Element, Folded, Heading, Paragraph, Table, scientific
 from .recipe import CompareRecipe
@@ -163,20 +163,11 @@ def _doubts(findings: Findings) -> Iterator[str]:
     if min(read) < _ENOUGH_TEXT:
         span = " to ".join(dict.fromkeys(f"{number:.2g}" for number in (min(read), max(read))))
         yield f"arms read {span} text tokens a parameter, where a claim about quality needs {_ENOUGH_TEXT} or more"
-    ends = [arm for end in _grid_ends(recipe) for arm in _at(findings, end)]
+    ends = [arm for arm in findings.arms if findings.searches[arm].end]
     if len(recipe.learning_rates) == 1:
         yield "no learning rate was tuned"
     elif ends:
         yield f"the learning rate of {len(ends)} of {counted(len(findings.arms), 'arm')} lies at the end of the grid"
-
-
-def _grid_ends(recipe: CompareRecipe) -> tuple[float, float]:
-    return min(recipe.learning_rates), max(recipe.learning_rates)
-
-
-def _at(findings: Findings, learning_rate: float) -> list[str]:
-    """Return the arms that train with a learning rate."""
-    return [arm for arm in findings.arms if findings.runs(arm)[0]["learning_rate"] == learning_rate]
 
 
 def _statistics(findings: Findings) -> Iterator[str]:
@@ -204,16 +195,25 @@ def _tuning(findings: Findings) -> Iterator[str]:
     if len(recipe.learning_rates) == 1:
         yield f"No learning rate was tuned: every arm trains with {recipe.learning_rates[0]:g}."
         return
-    yield f"Learning rates were tuned at {findings.at(recipe.tuning_budget)} with one seed, and kept for all budgets."
+    seeds = {line["seed"] for arm in findings.arms for line in findings.tunings[arm]}
+    again = "; the best two again with the second seed where they were close" if len(seeds) > 1 else ""
+    yield (
+        f"Learning rates were tuned at {findings.at(recipe.tuning_budget)} with one seed{again}, and kept for all "
+        "budgets."
+    )
     late = [arm for arm in findings.arms if _grows_after_tuning(recipe, arm)]
     if late:
         yield f"They were tuned before these arms had grown for the last time: {', '.join(late)}."
-    for end, beyond in zip(_grid_ends(recipe), ("smaller", "larger"), strict=True):
-        if arms := _at(findings, end):
+    for end, beyond in (("smallest", "smaller"), ("largest", "larger")):
+        arms = [f"{arm} ({search.rate:g})" for arm in findings.arms if (search := findings.searches[arm]).end == end]
+        if arms:
             yield (
-                f"The learning rate lies at the end of the grid, {end:g}, for {', '.join(arms)}: a {beyond} one may "
-                "be better still."
+                f"The {end} learning rate that was tried is the best for {', '.join(arms)}: a {beyond} one may lead to "
+                "less loss still."
             )
+    unsettled = [arm for arm in findings.arms if not findings.searches[arm].settled]
+    if unsettled:
+        yield f"Tuning is not finished for {', '.join(unsettled)}; `tokenformer compare` goes on with it."
 
 
 def _dropout(findings: Findings) -> Iterator[str]:
@@ -231,8 +231,8 @@ def _dropout(findings: Findings) -> Iterator[str]:
 
 
 def _grows_after_tuning(recipe: CompareRecipe, arm: str) -> bool:
-    stages, (first, *_) = recipe.arms[arm].stages, tuning_runs(recipe, arm)
-    return len([s for s in segments(recipe, first) if s.growth]) < len(stages)
+    run = Run(arm, recipe.seeds[0], recipe.learning_rates[0], recipe.tuning_budget)
+    return sum(segment.growth is not None for segment in segments(recipe, run)) < len(recipe.arms[arm].stages)
 
 
 def _scope(findings: Findings) -> str:

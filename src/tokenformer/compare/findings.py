@@ -15,6 +15,7 @@ from .page import scientific
 from .recipe import CompareRecipe
 from .results import MAY_GAIN, Line, check_same_text
 from .statistics import Estimate, Verdict, estimate, holm, paired_difference, verdict
+from .tuning import Tuning, tuning
 
 _UNITS = {"training_flops": "training FLOPs", "text_tokens": "text tokens", "seconds": "seconds of training"}
 
@@ -41,13 +42,17 @@ class Findings:
         begun: the recipe lines by date, from one machine or several; the last one holds.
         finals: runs that are reported, by arm and budget, then by seed.
         tunings: runs that tried a learning rate, by arm.
+        searches: what these found, by arm.
         diverged: final runs without finite bits per byte; in none of the above.
+
+    Final runs at another learning rate than the best so far are left out: they are from before its grid was extended.
     """
 
     recipe: CompareRecipe
     begun: list[Line]
     finals: dict[tuple[str, float], dict[int, Line]]
     tunings: dict[str, list[Line]]
+    searches: dict[str, Tuning]
     diverged: list[Line]
 
     @classmethod
@@ -73,17 +78,21 @@ class Findings:
             )
         check_same_text(begun)
         recipe = parse_sections(CompareRecipe, begun[-1]["recipe"], where="the recipe in the results")
-        finals: dict[tuple[str, float], dict[int, Line]] = {}
+        runs = [line for line in lines if line.get("event") == "run"]
+        unknown = [line["arm"] for line in runs if line["arm"] not in recipe.arms]
+        if unknown:
+            raise RecipeError(f"a run of {unknown[0]!r} is in the results; their recipe has {', '.join(recipe.arms)}")
         tunings: dict[str, list[Line]] = {arm: [] for arm in recipe.arms}
-        diverged = []
-        for line in (line for line in lines if line.get("event") == "run"):
-            if line["arm"] not in recipe.arms:
-                raise RecipeError(
-                    f"a run of {line['arm']!r} is in the results; their recipe has {', '.join(recipe.arms)}"
-                )
+        for line in runs:
             if line["purpose"] == "tuning":
                 tunings[line["arm"]].append(line)
-            elif line["bits_per_byte"] is not None and math.isfinite(line["bits_per_byte"]):
+        searches = {arm: tuning(recipe, arm, tried) for arm, tried in tunings.items()}
+        finals: dict[tuple[str, float], dict[int, Line]] = {}
+        diverged = []
+        for line in runs:
+            if line["purpose"] == "tuning" or searches[line["arm"]].rate not in (None, line["learning_rate"]):
+                continue
+            if line["bits_per_byte"] is not None and math.isfinite(line["bits_per_byte"]):
                 finals.setdefault((line["arm"], line["budget"]), {})[line["seed"]] = line
             else:
                 diverged.append(line)
@@ -92,7 +101,7 @@ class Findings:
                 f"nothing to report yet: none of {len(recipe.arms)} arms has finished a final run; continue with "
                 "`tokenformer compare`"
             )
-        return cls(recipe, begun, finals, tunings, diverged)
+        return cls(recipe, begun, finals, tunings, searches, diverged)
 
     @cached_property
     def budgets(self) -> list[float]:

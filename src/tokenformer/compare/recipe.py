@@ -6,7 +6,7 @@ Everything is stated before the first run; `tokenformer compare` refuses to go o
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -98,10 +98,12 @@ class CompareRecipe(Section):
     """What a whole run may spend, in that unit. Each is a run with its own decay; what runs share is trained once."""
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     """One run each: initial weights and order of the text."""
-    learning_rates: list[float] = Field(min_length=1)
-    """Peak learning rates to try; each arm takes its best."""
+    learning_rates: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    """Peak learning rates to try; each arm takes its best. A best one at an end of this grid extends the grid by the
+    factor between its last two, up to four times at each end, until the best lies inside. One alone: none is tuned."""
     tuning_budget: float
-    """Which of the budgets learning rates are tried with, on the first seed."""
+    """Which of the budgets learning rates are tried with, on the first seed; on the second, too, where the best two
+    differ by less than `rules.threshold`."""
     rules: Rules
     """How it is decided."""
     arms: dict[str, Arm] = Field(min_length=1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import math
 import os
 import shutil
 import time
@@ -34,11 +33,12 @@ from ..growth.freeze import freeze_only
 from ..quiet import quiet_libraries
 from ..training.partial import unfinished
 from ..training.preparation import first_config
-from .arms import Run, Segment, final_runs, segments, tuning_runs
+from .arms import Run, Segment, final_runs, segments
 from .methods import grow_by
 from .recipe import CompareRecipe
 from .results import Line, Results
 from .segment import Text, train_segment
+from .tuning import known_runs
 
 _PAUSE = 0.5  # seconds between looks for work, where others hold all there is
 _PATIENCE = 30.0  # seconds for a worker to save its state
@@ -209,7 +209,7 @@ def _unfinished(recipe: CompareRecipe, arms: Sequence[str], lines: list[Line], f
     """
     done, found = _segment_lines(lines), dict[str, Segment]()
     ended = {_run_key(line) for line in lines if line["event"] == "run"}
-    for run, purpose in (known for arm in arms for known in _known_runs(recipe, arm, lines)):
+    for run, purpose in (known for arm in arms for known in known_runs(recipe, arm, lines)):
         if (run, purpose) in ended:
             continue
         needed: list[Segment] = []
@@ -225,28 +225,13 @@ def _progress(recipe: CompareRecipe, arms: Sequence[str], lines: list[Line]) -> 
     """Return how much of the work is done, and how much there is, in the unit of the budgets."""
     every = dict[str, float]()
     for arm in arms:
-        known = [run for run, _ in _known_runs(recipe, arm, lines)]
-        expected = final_runs(recipe, arm, recipe.learning_rates[0]) if len(known) == len(recipe.learning_rates) else []
-        for segment in (s for run in (*known, *expected) for s in segments(recipe, run)):
+        known = known_runs(recipe, arm, lines)
+        tuned = any(purpose == "final" for _, purpose in known)
+        expected = [] if tuned else final_runs(recipe, arm, recipe.learning_rates[0])
+        for segment in (s for run in (*(run for run, _ in known), *expected) for s in segments(recipe, run)):
             every[segment.id] = segment.end - segment.start
     done = _segment_lines(lines)
     return sum(size for name, size in every.items() if name in done), sum(every.values())
-
-
-def _known_runs(recipe: CompareRecipe, arm: str, lines: list[Line]) -> list[tuple[Run, str]]:
-    """Return an arm's runs and their purposes: those that tune it, and once they are there those that are reported."""
-    tuning = tuning_runs(recipe, arm)
-    rate = recipe.learning_rates[0]
-    if tuning:
-        tried = {
-            line["learning_rate"]: line["tuning_bits_per_byte"]
-            for line in lines
-            if line["event"] == "run" and line["purpose"] == "tuning" and line["arm"] == arm
-        }
-        if len(tried) < len(tuning):
-            return [(run, "tuning") for run in tuning]
-        rate = min(tried, key=lambda r: math.inf if tried[r] is None else tried[r])
-    return [*((run, "tuning") for run in tuning), *((run, "final") for run in final_runs(recipe, arm, rate))]
 
 
 def _with_runs(recipe: CompareRecipe, arms: Sequence[str], results: Results) -> list[Line]:
@@ -261,7 +246,7 @@ def _run_lines(recipe: CompareRecipe, arms: Sequence[str], lines: list[Line]) ->
     """Return the lines of all runs whose segments are there."""
     done, found = _segment_lines(lines), []
     for arm in arms:
-        for run, purpose in _known_runs(recipe, arm, lines):
+        for run, purpose in known_runs(recipe, arm, lines):
             chain = [done.get(segment.id) for segment in segments(recipe, run)]
             if None in chain:
                 continue
