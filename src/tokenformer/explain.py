@@ -18,6 +18,7 @@ from .growth.importance import watched_weights
 from .growth.layout import TokenMap
 from .growth.neurons import group_neurons
 from .growth.operations import read_groups
+from .units import counted
 
 PROJECTION_ORDER = ("qkv", "output", "ffn")
 _Place = tuple[int, TokenMap, str]
@@ -184,7 +185,7 @@ def promotes(
     if group not in groups or not 0 <= index < groups[group][part].shape[1]:
         raise GrowthError(
             f"there is no parameter token {group}[{index}] in {map_name} of block {block} that writes into the "
-            f"residual stream; the model has {len(blocks)} blocks"
+            f"residual stream; the model has {counted(len(blocks), 'block')}"
         )
     value = groups[group][part][:, index] * math.copysign(1.0, weight)
     norm = row.final_norm_of(model)

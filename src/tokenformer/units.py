@@ -1,4 +1,4 @@
-"""Numbers as people read them, in few columns: three digits and a unit."""
+"""Numbers as people read them: in few columns, three digits and a unit; in sentences, one thing or several."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def scientific(number: float) -> str:
 def amount(number: float) -> str:
     """Three digits, or whole: 9.44, 5,706; with a unit from a million on."""
     return short(number) if number >= 999_999.5 else f"{number:,.0f}" if number >= 99.5 else f"{number:.3g}"
+
+
+def counted(number: int, thing: str) -> str:
+    """Write a number of things, whose plural ends in s: 1 block, 1,000 blocks."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -205,7 +205,7 @@ def test_float8_is_refused_in_words(tmp_path):
     replace(tmp_path / "c", lambda ts: {**ts, name: ts[name].to(torch.float8_e4m3fn)})
     for read in (open_checkpoint, load_checkpoint, verify_checkpoint):
         with pytest.raises(
-            CheckpointError, match=rf"c is quantised: 1 of its \d+ tensors, such as {name}, are F8_E4M3;"
+            CheckpointError, match=rf"c is quantised: 1 of its \d+ tensors, such as {name} \(F8_E4M3\);"
         ):
             read(tmp_path / "c")
 

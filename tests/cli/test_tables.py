@@ -7,10 +7,11 @@ from rich.console import Console
 from torch import tensor
 
 from tokenformer.checkpoints.lineage import Event, Lineage
+from tokenformer.cli.displays import TrainingDisplay
 from tokenformer.cli.tables import group_table, lineage_table, tabulate, task_table, text_table
 from tokenformer.cli.use_tables import activity_table
 from tokenformer.growth.importance import GroupUse, Importance
-from tokenformer.units import amount, scientific, short
+from tokenformer.units import amount, counted, scientific, short
 
 LONG = "a-name-far-longer-than-a-column-has-room-for/" * 3
 
@@ -104,7 +105,25 @@ def test_words_fold_where_numbers_need_the_room():
         (amount, 9.444, "9.44"),
         (amount, 5706, "5,706"),
         (amount, 987_654_321, "988 M"),
+        (lambda n: counted(n, "text block"), 0, "0 text blocks"),
+        (lambda n: counted(n, "text block"), 1, "1 text block"),
+        (lambda n: counted(n, "text block"), 1000, "1,000 text blocks"),
     ],
 )
 def test_units(write, number, text):
     assert write(number) == text
+
+
+def test_a_bar_tells_what_is_left_while_something_is():
+    shown = {}
+    for step in (1, 2):
+        display = TrainingDisplay(Console(width=80, file=io.StringIO()))
+        for event in (
+            {"event": "stage", "steps": 2, "done": 0, "parameters": 1e4},
+            {"event": "progress", "step": step},
+        ):
+            display({"stage": 1, **event})
+        display.console.print(display.bar)
+        shown[step] = display.console.file.getvalue()
+    assert " 50%" in shown[1] and "left" in shown[1]
+    assert "100%" in shown[2] and "left" not in shown[2]

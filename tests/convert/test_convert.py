@@ -457,7 +457,7 @@ def test_command_line_both_ways(tmp_path, monkeypatch):
     save_checkpoint("grown", model, None, Lineage())
     done = CliRunner().invoke(cli.app, ["convert", "to-official", "grown", "-o", "grown.bin"])
     assert done.exit_code == 0, done.output
-    assert "ffn: 64 parameter tokens without value were added to each of 1 map(s)" in done.output
+    assert "ffn: each map was given 64 parameter tokens without value, because" in done.output
     assert "Written: grown.bin and grown.yml" in done.output
     with pytest.raises(CheckpointError, match="ours exists already"):
         CliRunner().invoke(

@@ -90,8 +90,8 @@ def test_shakespeare_is_38_plays_and_the_standard_library_has_no_tests():
     [
         ("nope", None, r"'PATH' is no file or folder \(looked at PATH\), and loading a dataset of that name failed: "),
         ("*.zip", None, r"no file matches PATH$"),
-        ("e.txt", b"", r"data.source 'PATH' has 1 documents and all are empty"),
-        ("e.jsonl", b'{"text": " \\n"}\n{"text": ""}\n', "has 2 documents and all are empty"),
+        ("e.txt", b"", r"data.source 'PATH' has 1 document, and no text in any"),
+        ("e.jsonl", b'{"text": " \\n"}\n{"text": ""}\n', "has 2 documents, and no text in any"),
         ("e0.jsonl", b"", "'PATH' holds no documents"),
         ("c.jsonl", b'{"txt": "x", "n": 1}\n', "'PATH' has no column 'text', only txt, n; did you mean 'txt'?"),
         ("c.jsonl", b'{"n": 1}\n', "'PATH' has no column 'text', only n; name the one that holds the text as data.te"),

@@ -105,7 +105,7 @@ def b(**changes):
 
 
 MERGES = {
-    "trained elders": (a, lambda: trained_parent(b()), {}, r"2 tensors differ, such as lm_head.weight"),
+    "trained elders": (a, lambda: trained_parent(b()), {}, r"differ in 2 tensors, such as lm_head.weight"),
     "another depth": (
         a,
         lambda: b(changes={"num_hidden_layers": 2}),

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from .. import cost
 from ..growth.architectures import GroupEntry, token_groups
+from ..units import counted
 from .lineage import Event, Lineage
 
 _LOADING = """\
@@ -59,9 +60,9 @@ def model_card(config: PreTrainedConfig, lineage: Lineage, *, license: str | Non
         f"---\n{data.to_yaml()}\n---",
         f"# A {'TokenFormer' if ours else config.model_type}",
         f"{_TOKENFORMER if ours else _ORDINARY.format(kind=config.model_type)}: "
-        f"{cost.parameters(config):,} parameters, {config.num_hidden_layers} blocks of width {config.hidden_size}, "
-        f"{config.num_attention_heads} heads, vocabulary {config.vocab_size:,}, context "
-        f"{config.max_position_embeddings:,} text tokens.",
+        f"{cost.parameters(config):,} parameters, {counted(config.num_hidden_layers, 'block')} of width "
+        f"{config.hidden_size}, {counted(config.num_attention_heads, 'head')}, vocabulary {config.vocab_size:,}, "
+        f"context {config.max_position_embeddings:,} text tokens.",
         "## Load it",
         _LOADING.format(trust=", trust_remote_code=True") + _TRUST if ours else _LOADING.format(trust=""),
         "## Token groups",

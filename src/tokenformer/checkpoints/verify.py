@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from ..units import counted
 from .files import files_digest, find_checkpoint
 from .lineage import Lineage
 
@@ -133,8 +134,8 @@ def read_headers(path: str | Path) -> dict[str, Header]:
     if quantised:
         name, dtype = next(iter(quantised.items()))
         raise CheckpointError(
-            f"checkpoint {path} is quantised: {len(quantised)} of its {len(found)} tensors, such as {name}, are "
-            f"{dtype}; give the one that it was made from"
+            f"checkpoint {path} is quantised: {len(quantised)} of its {counted(len(found), 'tensor')}, such as "
+            f"{name} ({dtype}); give the one that it was made from"
         )
     return found
 

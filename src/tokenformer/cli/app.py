@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from ..quiet import quiet_libraries
+from ..units import counted
 from .arguments import Checkpoint, Force, Json, Keep, Output, check_checkpoint, check_recipe
 from .compare import comparisons
 from .groups import groups, note_order, rewriting
@@ -257,7 +258,6 @@ def convert_to_official(
     from ..checkpoints.checkpoint import read_config
     from ..convert.files import convert_to_official as run
     from ..convert.official import expressed_tokens
-    from ..models.names import PROJECTIONS
 
     described = run(checkpoint, output, force=force)
     config, console = read_config(checkpoint), Console()
@@ -265,8 +265,8 @@ def convert_to_official(
         extra = count - getattr(config, f"{projection}_param_tokens")
         if extra:
             console.print(
-                f"{projection}: {extra} parameter tokens without value were added to each of "
-                f"{len(PROJECTIONS[projection])} map(s) a block, because the official code would take another τ"
+                f"{projection}: each map was given {counted(extra, 'parameter token')} without value, "
+                "because the official code would take another τ"
             )
     console.print(f"Written: {output} and {described}", markup=False, soft_wrap=True)
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from ..units import counted
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """How long it will still take; nothing once it is done, as what stays of the bar is read then."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.finished else Text("left ").append_text(super().render(task))
 
 
 class _Display:
@@ -18,8 +28,7 @@ class _Display:
             BarColumn(bar_width=12),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            _TimeLeft(),
             *more,
             console=console,
         )
@@ -71,7 +80,7 @@ class TrainingDisplay(_Display):
             self.console.print(
                 f"text: {event['source']}, tokenizer {event['tokenizer']} ({event['vocabulary']:,} entries), "
                 f"{event.get('training_text_tokens', 0):,} text tokens to train on; "
-                f"{event['validation_documents']} documents ({event['validation_bytes']:,} bytes) held out",
+                f"{counted(event['validation_documents'], 'document')} ({event['validation_bytes']:,} bytes) held out",
                 markup=False,
             )
         elif kind == "growth":

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..units import counted
 from .arguments import Checkpoint, Json
 from .groups import judged
 
@@ -43,7 +44,7 @@ def inspect(
         return
     console = Console()
     console.print(
-        f"{checkpoint}: {facts['parameters']:,} parameters, {facts['num_hidden_layers']} blocks of width "
+        f"{checkpoint}: {facts['parameters']:,} parameters, {counted(facts['num_hidden_layers'], 'block')} of width "
         f"{facts['hidden_size']}, {facts['kind']}, vocabulary {facts['vocab_size']:,}\n"
         f"Training needs {facts['training_bytes'] / 1e6:,.0f} MB beside activations (float32, AdamW); generating reads "
         f"{facts['bytes'] / 1e6:,.1f} MB per text token.",

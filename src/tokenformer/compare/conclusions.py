@@ -7,6 +7,7 @@ from statistics import median
 
 from transformers import AutoConfig
 
+from ..units import counted
 from .accounting import accounts
 from .arms import Run, segments
 from .findings import Contrast, Findings
@@ -243,8 +244,3 @@ def _scope(findings: Findings) -> str:
         f"{min(sizes):,} to {max(sizes):,} parameters, other contexts than {recipe.training.sequence_length:,} text "
         f"tokens, or other text than {recipe.data.source}."
     )
-
-
-def counted(n: int, thing: str) -> str:
-    """Write a number of things."""
-    return f"{n} {thing}{'' if n == 1 else 's'}"

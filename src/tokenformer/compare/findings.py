@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import EvaluationError, RecipeError
 from ..sections import parse_sections
 from ..training.model import ModelSection
+from ..units import counted
 from .page import scientific
 from .recipe import CompareRecipe
 from .results import MAY_GAIN, Line, check_same_text
@@ -67,7 +68,7 @@ class Findings:
         begun = sorted((line for line in lines if line.get("event") == "recipe"), key=lambda line: line["date"])
         if not begun:
             raise RecipeError(
-                f"there is no recipe among these {len(lines)} lines; a report needs the results.jsonl that "
+                f"there is no recipe among {counted(len(lines), 'line')}; a report needs the results.jsonl that "
                 "`tokenformer compare` writes"
             )
         rules = [{field: value for field, value in line["recipe"].items() if field not in MAY_GAIN} for line in begun]
@@ -98,8 +99,8 @@ class Findings:
                 diverged.append(line)
         if not finals:
             raise EvaluationError(
-                f"nothing to report yet: none of {len(recipe.arms)} arms has finished a final run; continue with "
-                "`tokenformer compare`"
+                f"nothing to report yet: none of {counted(len(recipe.arms), 'arm')} has finished a final run; "
+                "continue with `tokenformer compare`"
             )
         return cls(recipe, begun, finals, tunings, searches, diverged)
 
@@ -223,7 +224,10 @@ class Findings:
                     for budget, seeds in gaps.items()
                     if seeds
                 )
-                said.append(f"{count} of the {len(gaps) * len(self.recipe.seeds)} runs of {arm} are missing ({where}).")
+                are = "is" if count == 1 else "are"
+                said.append(
+                    f"{count} of the {len(gaps) * len(self.recipe.seeds)} runs of {arm} {are} missing ({where})."
+                )
         for line in self.diverged:
             said.append(
                 f"{line['arm']} diverged with seed {line['seed']} and budget {scientific(line['budget'])}: its mean is "

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import EvaluationError, MissingExtraError
+from ..units import counted
 
 try:
     from scipy import optimize, stats
@@ -155,7 +156,8 @@ def _check(sizes: dict[float, dict[int, list[Point]]]) -> None:
     ]
     if len(enough) < max(SIZES, len(sizes)):
         found = "; ".join(
-            f"{size:,.0f} parameters: {len(curves)} seeds, {min(map(len, curves.values()))} budgets"
+            f"{size:,.0f} parameters: {counted(len(curves), 'seed')}, "
+            f"{counted(min(map(len, curves.values())), 'budget')}"
             for size, curves in sorted(sizes.items())
         )
         raise EvaluationError(

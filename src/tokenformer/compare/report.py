@@ -10,8 +10,9 @@ from pathlib import Path
 import yaml
 
 from ..checkpoints.files import disk_errors
+from ..units import counted
 from .chart import interactive_curves
-from .conclusions import answer, counted, limits, verdicts
+from .conclusions import answer, limits, verdicts
 from .decision import decision
 from .findings import Findings
 from .page import Bullets, Code, Element, Folded, Heading, Picture, html_page, markdown_page

@@ -26,6 +26,7 @@ from ..checkpoints.verify import verify_checkpoint, weight_files
 from ..data.tokenizer import open_tokenizer
 from ..errors import ConversionError, first_line
 from ..models.modeling_tokenformer import TokenformerForCausalLM
+from ..units import counted
 from .official import (
     canonical_name,
     check_expressible,
@@ -75,8 +76,8 @@ def convert_official(
     found = read_official(files)
     if _EMBEDDING not in found:
         raise ConversionError(
-            f"{weights} holds no {_EMBEDDING}, so it is no TokenFormer; it holds {len(found)} tensors, such as "
-            f"{', '.join(sorted(found)[:3]) or 'none'}"
+            f"{weights} holds no {_EMBEDDING}, so it is no TokenFormer; it holds "
+            f"{counted(len(found), 'tensor')}, such as {', '.join(sorted(found)[:3]) or 'none'}"
         )
     ours = config_from_official(fields, vocab_size=found[_EMBEDDING].shape[:1].numel(), where=str(config))
     buffers = check_official(ours, found, where=str(weights))

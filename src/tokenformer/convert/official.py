@@ -21,6 +21,7 @@ from ..growth.architectures import token_groups
 from ..models.configuration_tokenformer import TokenformerConfig
 from ..models.names import BASE_GROUP, PROJECTIONS
 from ..models.pattention import default_tau
+from ..units import counted
 
 # The YAML's fields that decide what the model computes, and ours. `None`: no default, must be there.
 FIELDS: dict[str, tuple[str, Any]] = {
@@ -73,7 +74,7 @@ def config_from_official(fields: Mapping[str, Any], *, vocab_size: int, where: s
     fields = {str(name).replace("-", "_"): value for name, value in fields.items()}
     missing = [name for name, (_, default) in FIELDS.items() if default is None and name not in fields]
     if missing:
-        found = f"{len(fields)} other fields" if fields else "nothing"
+        found = counted(len(fields), "other field") if fields else "nothing"
         raise ConversionError(
             f"{where} does not say {', '.join(missing)} (it says {found}); give the YAML that the official code was "
             "run with, such as configs/tokenformer/150M_eval.yml"

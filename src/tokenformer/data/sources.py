@@ -19,6 +19,7 @@ from datasets.data_files import get_data_patterns
 from datasets.fingerprint import Hasher
 
 from ..errors import DataError, first_line
+from ..units import counted
 from .cache import cached
 from .files import TEXT_SUFFIXES, is_text, kind_of, no_column, read_texts
 
@@ -53,7 +54,7 @@ def load_documents(
     parts = [_load_source(s, text_column, split, streaming) for s in sources]
     documents = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if isinstance(documents, datasets.Dataset) and not any(text.strip() for text in documents["text"]):
-        raise DataError(f"data.source {source!r} has {len(documents)} documents and all are empty")
+        raise DataError(f"data.source {source!r} has {counted(len(documents), 'document')}, and no text in any")
     return documents
 
 

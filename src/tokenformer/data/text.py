@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import DataError
 from ..sections import Section
+from ..units import counted
 from .blocks import pack, utf8_bytes
 from .sources import Documents, load_documents, texts_of
 from .tokenizer import make_tokenizer, vocabulary_size
@@ -67,8 +68,8 @@ def hold_out(documents: Documents, *, fraction: float, max_bytes: int | None) ->
     distinct, inverse = np.unique(hashes[sizes > 0], return_inverse=True)
     if len(distinct) < 2:
         raise DataError(
-            f"the data holds {len(distinct)} distinct document, and validation text must be another document than "
-            "training text; give more files, or held-out text as data.validation_source"
+            f"the data holds {counted(len(distinct), 'distinct document')}, and validation text must be another "
+            "document than training text; give more files, or held-out text as data.validation_source"
         )
     weights = np.bincount(inverse, weights=sizes[sizes > 0])
     count = max(1, int(np.searchsorted(np.cumsum(weights)[:-1], fraction * sizes.sum(), side="right")))

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import GrowthError
+from ..units import counted
 from .architectures import (
     GroupEntry,
     Groups,
@@ -195,8 +196,8 @@ def check_siblings(
         clashes = [name for name in shared if any(d.endswith(f"token group {name}") for d in different)]
         hint = f" If {clashes[-1]} is not the same thing in both, rename it in one." if clashes else ""
         raise GrowthError(
-            f"these models do not share a parent's weights: {len(different)} tensors differ, such as {different[0]}. "
-            f"Only children that kept their parent frozen can be merged.{hint}"
+            f"these models do not share a parent's weights: they differ in {counted(len(different), 'tensor')}, such "
+            f"as {different[0]}. Only children that kept their parent frozen can be merged.{hint}"
         )
 
 
