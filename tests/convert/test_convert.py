@@ -418,6 +418,7 @@ def test_a_tokenizer_that_does_not_fit(tmp_path):
         ),
         ("paper", {"tie_word_embeddings": False}, "not tied"),
         ("paper", {"use_qk_norm": True}, "its queries and keys are normalised"),
+        ("paper", {"use_embedding_norm": True}, "its embeddings are normalised"),
         ("paper", {"elementwise_affine": True}, "norms in its blocks have weights and biases"),
         ("paper", {"norm_activation_type": "gelu_l1_norm"}, "by 'gelu_l1_norm'"),
     ],

@@ -49,7 +49,9 @@ def test_growth_is_bit_for_bit(family, dtype, attention, norm):
     rows=st.integers(1, 3),
     length=st.integers(1, 30),
     changes=st.fixed_dictionaries(
-        dict.fromkeys(("use_qk_norm", "elementwise_affine", "use_parallel_residual"), st.booleans())
+        dict.fromkeys(
+            ("use_qk_norm", "use_embedding_norm", "elementwise_affine", "use_parallel_residual"), st.booleans()
+        )
     ),
 )
 @torch.no_grad()

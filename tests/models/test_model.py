@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_data import FOLDER, MANIFEST, formula, inputs, outputs
 from golden_models import load_official, official_config
 from tiny_models import FAMILIES, PAPER, SIZES, tiny, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.cache_utils import StaticCache
 
-from tokenformer import PRESETS, TokenformerConfig, TokenformerForCausalLM, TokenformerModel
+from tokenformer import PRESETS, TokenformerConfig, TokenformerForCausalLM, TokenformerModel, grow
 from tokenformer.cost import parameters
 
 
@@ -266,6 +267,32 @@ def test_values_may_start_at_another_scale():
         assert abs(weight.weight.std().item() / std - 1) < 0.05
 
 
+def test_what_writes_to_the_residual_stream_may_start_silent():
+    """At 0 every block passes on what it gets; the keys, and values of q, k and v, are as always, and so is growth."""
+    for family in (PAPER, {"qkv_param_tokens": 0, "output_param_tokens": 0, "ffn_param_tokens": 160}):
+        model = TokenformerForCausalLM(TokenformerConfig(**SIZES, **family, output_initializer_range=0.0))
+        states = model.model(tokens(), output_hidden_states=True).hidden_states
+        assert torch.equal(states[0], states[2])
+        block = model.model.layers[0]
+        assert block.self_attn.v_proj(states[0]).any() and block.mlp.groups["base"].keys.weight.any()
+        grow(model, ffn_param_tokens="+16", name="more")
+        assert block.mlp.groups["more"].values.weight.std() > 0.02
+    sizes = {**SIZES, **PAPER, "hidden_size": 256, "ffn_param_tokens": 512}
+    block = TokenformerForCausalLM(TokenformerConfig(**sizes, output_initializer_range=0.03)).model.layers[0]
+    for module, std in ((block.mlp, 0.03), (block.self_attn.o_proj, 0.03), (block.self_attn.v_proj, 2 / (3 * 16))):
+        assert abs(module.groups["base"].values.weight.std().item() / std - 1) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_embeddings_may_be_normalised(dtype):
+    model, ids = tiny("ffn", use_embedding_norm=True).to(dtype), tokens()
+    first = model.model(ids, output_hidden_states=True).hidden_states[0]
+    assert first.dtype == dtype
+    torch.testing.assert_close(first.float().square().mean(-1), torch.ones(ids.shape), rtol=0.01, atol=0.01)
+    direction = F.cosine_similarity(first.float(), model.model.embed_tokens(ids).float(), dim=-1)
+    torch.testing.assert_close(direction, torch.ones(ids.shape), rtol=0.01, atol=0.01)
+
+
 def test_linear_attention_family_is_a_plain_attention():
     """With 0 attention tokens the maps are bias-free linear maps and nothing else."""
     model = tiny("ffn")
@@ -306,6 +333,7 @@ def test_speaks_gpt_neox_rotary_and_attention():
         ({"norm_activation_type": "l2"}, "must be one of l2_norm_gelu"),
         ({"token_group_norm": "each"}, "is 'each'; it must be one of joint, per_group"),
         ({"value_initializer_range": 0.0}, "value_initializer_range is 0.0; it must be positive"),
+        ({"output_initializer_range": -0.1}, "output_initializer_range is -0.1; it cannot be negative"),
         (
             {"token_groups": [{"name": "a", "qkv": 48, "output": 40, "ffn": [80, 80]}], "ffn_param_tokens": None},
             "lists ffn parameter tokens for 2 blocks, but num_hidden_layers is 3",

@@ -189,6 +189,8 @@ def check_expressible(config: TokenformerConfig) -> None:
         reasons.append("the norms in its blocks have weights and biases")
     if config.use_qk_norm:
         reasons.append("its queries and keys are normalised")
+    if config.use_embedding_norm:
+        reasons.append("its embeddings are normalised")
     for group in token_groups(config):
         if group.routed:
             reasons.append(f"its token group {group.name!r} is routed")

@@ -56,12 +56,15 @@ class TokenformerConfig(PreTrainedConfig):
         pattention_bias: whether every key and every projection's output has a bias.
         use_parallel_residual: whether attention and feed-forward both read the block's input, as in GPT-NeoX.
         use_qk_norm: whether each head's query and key are divided by their root mean square, without parameters.
+        use_embedding_norm: whether embeddings are, before the first block, so that no block drowns them.
         pattention_eps: added to the squared norm of the scores.
         layer_norm_eps: of the norms in the blocks and of the final norm.
         elementwise_affine: whether the norms in the blocks have weights and biases, as the final one has.
         initializer_range: standard deviation of new keys, embeddings and query, key, value linear maps. The other
             linear maps take 2 / (num_hidden_layers · √hidden_size), officially "wang_init".
         value_initializer_range: standard deviation of new values, at creation and by growth. Default: "wang_init", too.
+        output_initializer_range: standard deviation at creation of all that writes to the residual stream: linear maps
+            and values of the attention output and of the feed-forward. 0: every block begins silent. Default: as above.
         max_position_embeddings: longest context in text tokens.
         rope_parameters: transformers' rotary settings; default base 10000 on the first quarter of each head.
         frozen: parts that training leaves alone: token groups, "embedding", "final_norm", "linear_maps".
@@ -98,11 +101,13 @@ class TokenformerConfig(PreTrainedConfig):
     pattention_bias: bool = False
     use_parallel_residual: bool = False
     use_qk_norm: bool = False
+    use_embedding_norm: bool = False
     pattention_eps: float = DEFAULT_EPS
     layer_norm_eps: float = 1e-5
     elementwise_affine: bool = False
     initializer_range: float = 0.02
     value_initializer_range: float | None = None
+    output_initializer_range: float | None = None
     max_position_embeddings: int = 2048
     rope_parameters: RopeParameters | dict | None = None
     use_cache: bool = True
@@ -152,6 +157,8 @@ class TokenformerConfig(PreTrainedConfig):
                 f"value_initializer_range is {self.value_initializer_range}; it must be positive, for growth adds zero "
                 "keys, and beside zero values they would never learn"
             )
+        if self.output_initializer_range is not None and self.output_initializer_range < 0:
+            raise ValueError(f"output_initializer_range is {self.output_initializer_range}; it cannot be negative")
         assert self.token_groups is not None and self.linear_projections is not None
         names = [group["name"] for group in self.token_groups]
         if len(set(names)) < len(names):

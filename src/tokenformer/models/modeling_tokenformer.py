@@ -30,12 +30,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tokenformer import TokenformerConfig, count_at
 from .names import PROJECTIONS
-from .pattention import Gate, Pattention, reset_linear
+from .pattention import DEFAULT_EPS, Gate, Pattention, reset_linear
 
 
 def make_pattention(config: TokenformerConfig, projection: str, layer_idx: int) -> Pattention:
     """Make one D to D map of `projection` ("qkv", "output" or "ffn") with the groups block `layer_idx` has there."""
     assert config.token_groups is not None and config.linear_projections is not None
+    writes, at_creation = projection != "qkv", config.output_initializer_range
+    linear_std = config.wang_std if at_creation is None else at_creation
     layer = Pattention(
         config.hidden_size,
         config.hidden_size,
@@ -48,8 +50,11 @@ def make_pattention(config: TokenformerConfig, projection: str, layer_idx: int) 
         token_group_norm=config.token_group_norm,
         key_std=config.initializer_range,
         value_std=config.value_std,
-        linear_std=config.initializer_range if projection == "qkv" else config.wang_std,
+        linear_std=linear_std if writes else config.initializer_range,
     )
+    if writes and at_creation is not None:
+        for name in layer.groups:
+            layer.get_submodule(f"groups.{name}.values").init_std = at_creation  # type: ignore[assignment]
     for group in config.token_groups:
         if group.get("routed") and group["name"] in layer.groups:
             layer.add_gate(group["name"])
@@ -219,6 +224,9 @@ class TokenformerModel(TokenformerPreTrainedModel):
             position_ids=position_ids,
         )
         hidden_states = inputs_embeds
+        if self.config.use_embedding_norm:
+            width = (self.config.hidden_size,)
+            hidden_states = F.rms_norm(inputs_embeds, width, eps=DEFAULT_EPS).to(inputs_embeds.dtype)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for layer in self.layers:
             hidden_states = layer(

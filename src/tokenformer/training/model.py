@@ -51,10 +51,16 @@ class ModelSection(Section):
     """Give the norms in the blocks weights and biases. Default: no (paper)."""
     use_qk_norm: bool | None = None
     """Divide each head's query and key by their root mean square, before the rotary embedding. Default: no (paper)."""
+    use_embedding_norm: bool | None = None
+    """Divide each embedding by its root mean square before the first block, so that no block drowns it. Default: no
+    (paper)."""
     use_parallel_residual: bool | None = None
     """Let attention and feed-forward both read the block's input, as in GPT-NeoX. Default: no (paper)."""
     value_initializer_range: float | None = Field(None, gt=0)
     """Standard deviation of new values, of the first stage and of growth. Default: 2 / (blocks · √hidden_size)."""
+    output_initializer_range: float | None = Field(None, ge=0)
+    """Standard deviation in the first stage of all that writes to the residual stream: linear maps and values of the
+    attention's output and of the feed-forward. 0: every block begins silent. Default: as for new values (paper)."""
 
     def config(self, **derived: Any) -> PreTrainedConfig:
         """Return the configuration; `derived` goes before the preset, and what the section says itself before both.
