@@ -19,6 +19,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    NanoChatConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
@@ -53,6 +54,7 @@ CONFIGS = {
     ),
     "phi3": Phi3Config(**GATED, pad_token_id=0),
     "starcoder2": Starcoder2Config(**GATED),
+    "nanochat": NanoChatConfig(**GATED),
     "gpt_neox": GPTNeoXConfig(**SIZES, intermediate_size=128),
     "gpt_neox-sequential": GPTNeoXConfig(
         **SIZES, intermediate_size=56, use_parallel_residual=False, tie_word_embeddings=True, attention_bias=False

@@ -118,6 +118,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
     ),
     "starcoder2": replace(_GATED, maps=mlp_maps(("mlp.c_fc",), "mlp.c_proj"), last=("self_attn.o_proj", "mlp.c_proj")),
+    "nanochat": replace(_GATED, maps=mlp_maps(("mlp.fc1",), "mlp.fc2"), last=("self_attn.o_proj", "mlp.fc2")),
     "gpt_neox": Architecture(
         prefix="gpt_neox",
         blocks="layers",
