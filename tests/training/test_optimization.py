@@ -9,15 +9,15 @@ import torch
 from group_operations import ordinary
 from safetensors.torch import load_file
 from tiny_models import tiny, two_groups
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tokenformer import grow
 from tokenformer.checkpoints.optimizer import load_states
-from tokenformer.errors import RecipeError
 from tokenformer.growth.freeze import freeze_only
 from tokenformer.growth.groups import consolidate_operation, drop_operation
 from tokenformer.growth.operations import apply
 from tokenformer.growth.state import move_states
+from tokenformer.training.muon import Muon
 from tokenformer.training.optimization import grow_with_states, learning_rate, make_optimizer
 from tokenformer.training.recipe import parse_recipe
 from tokenformer.training.train import train
@@ -70,7 +70,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else(make):
     parameters = dict(twin.named_parameters())
     matrices = [p for name, p in parameters.items() if in_blocks(name, p)]
     others = [p for name, p in parameters.items() if not in_blocks(name, p)]
-    muon = torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(matrices, weight_decay=0.1)
     decayed = [{"params": [p for p in others if p.dim() == 2]}]
     rest = [{"params": [p for p in others if p.dim() == 1], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(decayed + rest, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
@@ -79,7 +79,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else(make):
 
 
 @pytest.mark.parametrize(
-    ("frozen", "kind"), [(["embedding", "final_norm"], torch.optim.Muon), (["base", "linear_maps"], torch.optim.AdamW)]
+    ("frozen", "kind"), [(["embedding", "final_norm"], Muon), (["base", "linear_maps"], torch.optim.AdamW)]
 )
 def test_one_optimizer_is_enough_where_the_other_has_nothing_to_train(frozen, kind):
     model = tiny()
@@ -89,11 +89,41 @@ def test_one_optimizer_is_enough_where_the_other_has_nothing_to_train(frozen, ki
     take_steps(model, optimizer)
 
 
-def test_an_older_torch_is_named(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(RecipeError, match=r"training\.optimizer.* muon needs torch 2\.9 or newer, and this is 2"):
-        recipe_of("muon")
-    assert recipe_of("adamw")
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_kinds_of_parameters_have_rates_of_their_own(optimizer, tied):
+    """Width 64 where the rate was found at 16: AdamW's matrices and head take a quarter, Muon's all of it."""
+    model = tiny(tie_word_embeddings=tied)
+    t = recipe_of(optimizer, embedding_rate=5.0, head_rate=0.5, rate_width=16).training
+    groups = make_optimizer(model, t, {}).param_groups
+    rates = {p: group["lr"] for group in groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if name == "model.embed_tokens.weight":
+            assert rates[p] == 5.0
+        elif name == "lm_head.weight":
+            assert rates[p] == 0.125
+        else:
+            assert rates[p] == (0.25 if in_blocks(name, p) and optimizer == "adamw" else 1.0)
+
+
+def test_the_schedule_multiplies_the_rates_of_all_kinds(content, tmp_path):
+    """AdamW's first step has the size of the rate, whatever the gradient."""
+    training = content["training"] | {"optimizer": "adamw", "embedding_rate": 4.0, "weight_decay": 0.0, "warmup": 0.0}
+    run = content | {
+        "training": training | {"learning_rate": 1e-3, "schedule": "constant"},
+        "stages": [{"text_tokens": 1}],
+    }
+    recipe = parse_recipe(run)
+    last = train(recipe, tmp_path / "run")[-1]
+    trained = load_file(last / "model.safetensors")
+    states = load_states(last)
+    assert states["model.embed_tokens.weight"]["step"] == 1
+    torch.manual_seed(recipe.seed)
+    config = AutoConfig.from_pretrained(last)
+    first = AutoModelForCausalLM.from_config(config).state_dict()
+    for name, rate in (("model.embed_tokens.weight", 4e-3), ("model.layers.0.self_attn.q_proj.linear.weight", 1e-3)):
+        moved = (trained[name] - first[name]).abs()
+        assert moved.max() == pytest.approx(rate, rel=0.01)
 
 
 def test_a_state_dict_carries_the_optimizer_over():

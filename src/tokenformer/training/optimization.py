@@ -14,6 +14,7 @@ from ..growth.architectures import architecture_of
 from ..growth.grow import grow
 from ..growth.neurons import group_neurons
 from ..models.names import BASE_GROUP
+from .muon import Muon
 from .recipe import Recipe, Stage, TrainingSection
 
 
@@ -99,25 +100,38 @@ def make_optimizer(model: PreTrainedModel, t: TrainingSection, states: Optimizer
     A parameter starts afresh where it had none, where that was another optimizer's, and where the recipe says so.
     """
     training = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    blocks = architecture_of(model.config).blocks_of(model)
-    matrices = {p for p in blocks.parameters() if p.dim() == 2} if t.optimizer == "muon" else set()
-    muon = [p for p in training.values() if p in matrices]
-    others = [p for p in training.values() if p not in matrices]
-    groups = [
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": t.weight_decay},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    # The schedule multiplies lr = 1: it returns learning rates, not factors.
+    rates = _rates(model, t)
+    by_muon = _block_matrices(model) if t.optimizer == "muon" else set()
+    groups: dict[tuple[bool, float, float], list[torch.nn.Parameter]] = {}
+    for p in training.values():
+        key = (p in by_muon, rates.get(p, 1.0), t.weight_decay if p.dim() >= 2 else 0.0)
+        groups.setdefault(key, []).append(p)
+    # The schedule multiplies these: it returns learning rates, not factors.
+    muon = [{"params": ps, "lr": rate, "weight_decay": decay} for (yes, rate, decay), ps in groups.items() if yes]
+    adamw = [{"params": ps, "lr": rate, "weight_decay": decay} for (yes, rate, decay), ps in groups.items() if not yes]
     parts: list[torch.optim.Optimizer] = []
     if muon:
-        parts.append(torch.optim.Muon(muon, lr=1.0, weight_decay=t.weight_decay, adjust_lr_fn="match_rms_adamw"))
-    if others:
-        groups = [group for group in groups if group["params"]]
-        parts.append(torch.optim.AdamW(groups, lr=1.0, betas=(t.beta1, t.beta2), eps=1e-8, fused=True))
+        parts.append(Muon(muon))
+    if adamw:
+        parts.append(torch.optim.AdamW(adamw, betas=(t.beta1, t.beta2), eps=1e-8, fused=True))
     optimizer = parts[0] if len(parts) == 1 else CombinedOptimizer(parts)
     for name, p in training.items():
-        own = ("momentum_buffer",) if p in matrices else ("step", "exp_avg", "exp_avg_sq")
+        own = ("momentum_buffer",) if p in by_muon else ("step", "exp_avg", "exp_avg_sq")
         had = states.get(name, {}) if t.keep_optimizer_state else {}
         if set(own) <= had.keys():
             optimizer.state[p] = {key: had[key].to(p.device, copy=True) for key in own}
     return optimizer
+
+
+def _block_matrices(model: PreTrainedModel) -> set[torch.nn.Parameter]:
+    return {p for p in architecture_of(model.config).blocks_of(model).parameters() if p.dim() == 2}
+
+
+def _rates(model: PreTrainedModel, t: TrainingSection) -> dict[torch.nn.Parameter, float]:
+    """Return what a parameter's learning rate is as a multiple of the schedule's, where it is another."""
+    narrower = 1.0 if t.rate_width is None else t.rate_width / model.config.hidden_size
+    rates = {} if t.optimizer == "muon" else dict.fromkeys(_block_matrices(model), narrower)
+    head = model.get_output_embeddings()
+    if head is not None:
+        rates[head.weight] = t.head_rate * narrower
+    return rates | {model.get_input_embeddings().weight: t.embedding_rate}

@@ -8,8 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from ..data.text import DataSection
 from ..growth.grow import Amount
@@ -67,7 +66,14 @@ class TrainingSection(Section):
     decay: float = Field(0.2, ge=0, le=1)
     """Share of all text tokens at the end over which wsd falls linearly to 0."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """"adamw". "muon": Muon (momentum 0.95) on the blocks' matrices, with steps of AdamW's size; AdamW on all else."""
+    """"adamw". "muon": Muon (momentum 0.95) on the blocks' matrices, which wants rates near 0.02; AdamW on all else."""
+    embedding_rate: float = Field(1.0, gt=0)
+    """Learning rate of the embedding, and of a head tied to it, as a multiple of the blocks'."""
+    head_rate: float = Field(1.0, gt=0)
+    """Likewise of a head of its own."""
+    rate_width: int | None = Field(None, gt=0)
+    """hidden_size at which `learning_rate` was found: where a model is wider, AdamW's rate for the blocks' matrices and
+    for a head of its own falls in proportion, so that the same number stays right (muP). Muon's needs no such help."""
     keep_optimizer_state: bool = True
     """Whether what trained before a stage goes on with its optimizer state; if not, every stage starts it afresh."""
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -92,15 +98,6 @@ class TrainingSection(Section):
     """Where else to log, in transformers' names: "tensorboard", "wandb", …."""
     training_arguments: dict[str, Any] = Field({})
     """Further fields of transformers.TrainingArguments, for example {gradient_checkpointing: true}."""
-
-    @field_validator("optimizer")
-    @classmethod
-    def _torch_has_it(cls, optimizer: str) -> str:
-        if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-            raise ValueError(
-                f"muon needs torch 2.9 or newer, and this is {torch.__version__}; update it, or take adamw"
-            )
-        return optimizer
 
 
 class Stage(Section):
