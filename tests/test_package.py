@@ -280,7 +280,7 @@ for arguments, code in {"--help": 0, "--version": 0, "grow --help": 0, "gro": 2,
             found = end.code or 0
     assert found == code, (arguments, found)
     assert (out if code == 0 else err).getvalue(), arguments
-    slow = {"torch", "transformers", "datasets", "accelerate", "wrapt", "numpy"} & set(sys.modules)
+    slow = {"torch", "transformers", "datasets", "accelerate", "wrapt", "numpy", "rich.console"} & set(sys.modules)
     assert not slow, (arguments, slow)
 """
 

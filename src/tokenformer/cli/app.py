@@ -1,7 +1,5 @@
 """The command line: parse, call one function, print."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -11,14 +9,12 @@ from shlex import quote
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.padding import Padding
 
 from ..quiet import quiet_libraries
 from ..units import counted
 from .arguments import Checkpoint, Force, Json, Keep, Output, check_checkpoint, check_recipe
 from .compare import comparisons
+from .console import make_console
 from .groups import groups, note_order, rewriting
 from .inspect import inspection
 
@@ -73,7 +69,7 @@ def train(
     from .displays import TrainingDisplay
     from .tables import stage_row, stage_table
 
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun, one process speaks
+    console = make_console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun, one process speaks
     folder = output or Path("runs") / recipe.stem
     content = load_recipe(recipe)
     try:
@@ -84,7 +80,7 @@ def train(
         command = f"tokenformer train {quote(str(recipe))}{where} --resume"
         began = (folder / "log.jsonl").exists()
         hint = f"Continue with: {command}" if began else "Nothing had begun."
-        Console(stderr=True).print(f"Interrupted. {hint}", markup=False, soft_wrap=True)
+        make_console(stderr=True).print(f"Interrupted. {hint}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
     console.print(stage_table(stage_row(f"{i + 1}", c) for i, c in enumerate(checkpoints)))
     console.print(f"Final checkpoint: {checkpoints[-1]}", markup=False, soft_wrap=True)
@@ -122,7 +118,7 @@ def generate(
             f"the prompt is {len(ids)} text tokens long; the model reads at most {model.config.max_position_embeddings}"
         )
     if max_new_tokens > room:
-        Console(stderr=True).print(f"The model's context leaves room for {room} of {max_new_tokens} text tokens.")
+        make_console(stderr=True).print(f"The model's context leaves room for {room} of {max_new_tokens} text tokens.")
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
     model.generate(
         torch.tensor([ids], device=model.device),
@@ -182,7 +178,7 @@ def evaluate(
         facts = {"checkpoint": str(checkpoint), "text": texts, "tasks": measured.get("results", {})}
         typer.echo(json.dumps(facts, ensure_ascii=False, default=str))
         return
-    console = Console()
+    console = make_console()
     if texts:
         console.print(text_table(texts, length))
     if measured:
@@ -200,7 +196,7 @@ def push(
     from ..checkpoints.hub import push_to_hub
 
     address = push_to_hub(checkpoint, repository, private=private, license=license)
-    Console().print(f"Published: {address}", markup=False, soft_wrap=True)
+    make_console().print(f"Published: {address}", markup=False, soft_wrap=True)
 
 
 @converters.command("official")
@@ -217,7 +213,7 @@ def convert_official(
     from ..convert.files import convert_official as run
     from .tables import stage_row, stage_table
 
-    console = Console()
+    console = make_console()
     with rewriting(console) as on_progress:
         run(weights, config, output, tokenizer=tokenizer, force=force, on_progress=on_progress)
     console.print(stage_table([stage_row("converted", output)]))
@@ -241,7 +237,7 @@ def convert_transformer(
     from ..convert.transformer import convert_transformer as run
     from .tables import stage_row, stage_table
 
-    console = Console()
+    console = make_console()
     with rewriting(console) as on_progress:
         run(checkpoint, output, force=force, on_progress=on_progress)
     console.print(stage_table([stage_row("converted", output)]))
@@ -260,7 +256,7 @@ def convert_to_official(
     from ..convert.official import expressed_tokens
 
     described = run(checkpoint, output, force=force)
-    config, console = read_config(checkpoint), Console()
+    config, console = read_config(checkpoint), make_console()
     for projection, count in expressed_tokens(config).items():
         extra = count - getattr(config, f"{projection}_param_tokens")
         if extra:
@@ -276,6 +272,9 @@ def recipe(
     explain: Annotated[bool, typer.Option("--explain", help="Every field with its type, default and meaning.")] = False,
 ) -> None:
     """Print a recipe to start from, and the presets it may name."""
+    from rich.markup import escape
+    from rich.padding import Padding
+
     from ..models.configuration_tokenformer import PRESETS
     from ..sections import fields
     from ..training.recipe import EXAMPLE, Recipe
@@ -283,7 +282,7 @@ def recipe(
     if not explain:
         typer.echo(EXAMPLE + "# presets: " + ", ".join(PRESETS))
         return
-    console = Console()
+    console = make_console()
     for key, kind, default, meaning in fields(Recipe):
         facts = f"{kind}; {default}" if default == "required" else f"{kind}; default {default}" if default else kind
         console.print(f"[bold]{escape(key)}[/bold]  [dim]{escape(facts)}[/dim]", highlight=False, soft_wrap=True)
@@ -297,7 +296,8 @@ def main() -> None:
     try:
         app(prog_name="tokenformer")
     except TokenformerError as error:
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        colour = False if os.environ.get("NO_COLOR") else None
+        typer.echo(f"{typer.style('error:', fg='red', bold=True)} {error}", err=True, color=colour)
         sys.exit(2)
 
 

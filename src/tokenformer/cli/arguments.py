@@ -1,7 +1,5 @@
 """What several commands take. That a file or folder is there is asked before anything slow is imported."""
 
-from __future__ import annotations
-
 import difflib
 from pathlib import Path
 from typing import Annotated

@@ -1,16 +1,14 @@
 """The commands that weigh costs and gains: parse, call one function, print."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from .arguments import Json, Results, check_recipe
+from .console import make_console
 
 if TYPE_CHECKING:
     from ..plan import Cost, Plan
@@ -38,14 +36,14 @@ def compare(
     from ..compare.run import compare as run
     from .displays import ComparisonDisplay
 
-    console = Console(stderr=as_json)
+    console = make_console(stderr=as_json)
     folder = output or Path("runs") / "compare" / recipe.stem
     content = load_compare_recipe(recipe)
     try:
         with ComparisonDisplay(console) as display:
             lines = run(content, folder, name=recipe.stem, workers=workers, on_event=display)
     except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted; the same command continues.")
+        make_console(stderr=True).print("Interrupted; the same command continues.")
         raise typer.Exit(130) from None
     _report(lines, write_report(lines, folder), as_json)
 
@@ -75,7 +73,7 @@ def show_plan(
     from ..plan import conclusions, read_plan
     from .tables import cost_table, published_table, total_table
 
-    content, console = read_plan(plan), Console()
+    content, console = read_plan(plan), make_console()
     if as_json:
         typer.echo(json.dumps(_plan_facts(content), ensure_ascii=False))
         return
@@ -105,10 +103,10 @@ def _report(lines: list[dict[str, Any]], page: Path, as_json: bool) -> None:
         runs = [{key: value for key, value in line.items() if key not in long} for line in final]
         typer.echo(json.dumps({"report": str(page), "runs": runs}, ensure_ascii=False))
     else:
-        Console().print(f"Report: {page}", markup=False, soft_wrap=True)
+        make_console().print(f"Report: {page}", markup=False, soft_wrap=True)
 
 
-def _plan_facts(plan: Plan) -> dict[str, Any]:
+def _plan_facts(plan: "Plan") -> dict[str, Any]:
     from ..plan import conclusions
 
     def facts(cost: Cost) -> dict[str, Any]:

@@ -1,18 +1,18 @@
 """The commands on token groups: parse, call one function, print."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from .arguments import Checkpoint, Force, Output, Parts, Text, check_checkpoint
+from .console import make_console
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..checkpoints.lineage import Lineage
 
 groups = typer.Typer()
@@ -133,7 +133,7 @@ def merge(
     pairs = [pair.partition("=") for pair in rename or []]
     if not all(old and new for old, _, new in pairs):
         raise GrowthError(f"--rename takes OLD=NEW, such as grown1=python; found {', '.join(rename or [])}")
-    sources, console = (open_checkpoint(checkpoint), open_checkpoint(other)), Console()
+    sources, console = (open_checkpoint(checkpoint), open_checkpoint(other)), make_console()
     rows = [stage_row("one", checkpoint), stage_row("other", other)]
     with rewriting(console) as on_progress:
         merge_checkpoints(
@@ -161,7 +161,7 @@ def split(
     source = open_checkpoint(checkpoint)
     source.verification.result()  # an add-on of damaged weights would fit no parent
     file = split_state(source.config, source.tensors, group, output, force=force)
-    Console().print(f"Written: {file} ({file.stat().st_size / 1e6:,.1f} MB)", markup=False, soft_wrap=True)
+    make_console().print(f"Written: {file} ({file.stat().st_size / 1e6:,.1f} MB)", markup=False, soft_wrap=True)
 
 
 @groups.command()
@@ -210,7 +210,7 @@ def sort(checkpoint: Checkpoint, output: Output, text: Text, force: Force = Fals
 @groups.command()
 def slice(checkpoint: Checkpoint, output: Output, text: Text, force: Force = False) -> None:
     """Sort, under the name that it had until this release."""
-    Console(stderr=True).print("`tokenformer slice` is called `tokenformer sort` now.")
+    make_console(stderr=True).print("`tokenformer slice` is called `tokenformer sort` now.")
     sort(checkpoint, output, text, force)
 
 
@@ -253,7 +253,7 @@ def route(
     found, routing = route_operation(model, group, own_blocks, other_blocks)
     operation = replace(found, arguments={"group": group, "own": own, "other": other})
     _rewrite(checkpoint, output, lambda source: operation, force=force)
-    Console().print(
+    make_console().print(
         f"{group} takes part for {routing.open_on_own:.1%} of its own text and {routing.open_on_other:.1%} of the "
         "other, mean over its gates",
         highlight=False,
@@ -262,7 +262,7 @@ def route(
 
 
 @contextmanager
-def rewriting(console: Console) -> Iterator[Callable[[int, int], None]]:
+def rewriting(console: "Console") -> Iterator[Callable[[int, int], None]]:
     """Show a bar while a checkpoint is written; gives the function to call with bytes done and in all."""
     from rich.progress import Progress
 
@@ -272,7 +272,7 @@ def rewriting(console: Console) -> Iterator[Callable[[int, int], None]]:
             yield lambda done, total: bar.update(task, completed=done, total=total)
         except KeyboardInterrupt:
             bar.stop()
-            Console(stderr=True).print("Interrupted. Nothing was written.")
+            make_console(stderr=True).print("Interrupted. Nothing was written.")
             raise typer.Exit(130) from None
 
 
@@ -283,7 +283,7 @@ def _rewrite(checkpoint: Path, output: Path, operation: Callable[[Any], Any], *,
     from .tables import stage_row
 
     check_target(output, force=force)
-    source, console = open_checkpoint(checkpoint), Console()
+    source, console = open_checkpoint(checkpoint), make_console()
     before = stage_row("before", checkpoint)  # with --force the output may be the checkpoint itself
     with rewriting(console) as on_progress:
         rewrite(source, output, operation(source), force=force, on_progress=on_progress, **event)
@@ -320,10 +320,10 @@ def judged(checkpoint: Path) -> tuple[Any, Any, Callable[[str], Any]]:
     return model, tokenizer, lambda source: text_blocks(source, tokenizer, block_length=length)
 
 
-def note_order(lineage: Lineage, keep: float) -> None:
+def note_order(lineage: "Lineage", keep: float) -> None:
     """Say where the first share of the parameter tokens is taken of a model that nobody has put in order."""
     if keep < 1 and not lineage.ordered:
-        Console(stderr=True).print(
+        make_console(stderr=True).print(
             "note: the checkpoint's lineage tells of no sort and no nested_dropout, so its first parameter tokens may "
             "be any; `tokenformer sort` puts those that matter first",
             soft_wrap=True,
@@ -331,7 +331,7 @@ def note_order(lineage: Lineage, keep: float) -> None:
         )
 
 
-def _report(console: Console, *rows: Sequence[str], output: Path) -> None:
+def _report(console: "Console", *rows: Sequence[str], output: Path) -> None:
     from .tables import stage_table
 
     console.print(stage_table(rows))

@@ -1,17 +1,18 @@
 """What a checkpoint is, and what a text or a prompt uses of it: `tokenformer inspect`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from ..units import counted
 from .arguments import Checkpoint, Json
+from .console import make_console
 from .groups import judged
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 inspection = typer.Typer()
 
@@ -42,7 +43,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps({**facts, **lineage.model_dump(mode="json", exclude_none=True)}, ensure_ascii=False))
         return
-    console = Console()
+    console = make_console()
     console.print(
         f"{checkpoint}: {facts['parameters']:,} parameters, {counted(facts['num_hidden_layers'], 'block')} of width "
         f"{facts['hidden_size']}, {facts['kind']}, vocabulary {facts['vocab_size']:,}\n"
@@ -60,7 +61,7 @@ def inspect(
 
 
 def _inspect_use(
-    console: Console, checkpoint: Path, text: str | None, prompt: str | None, picture: Path | None
+    console: "Console", checkpoint: Path, text: str | None, prompt: str | None, picture: Path | None
 ) -> None:
     import torch
 
