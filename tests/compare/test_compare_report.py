@@ -430,7 +430,7 @@ def test_scientific(value, text):
 
 def test_nothing_to_report(tmp_path):
     lines = comparison(THREE)
-    with pytest.raises(RecipeError, match="no recipe among these 0 lines"):
+    with pytest.raises(RecipeError, match="no recipe among 0 lines"):
         write_report([], tmp_path / "no")
     with pytest.raises(EvaluationError, match="none of 3 arms has finished a final run"):
         write_report([line for line in lines if line.get("purpose") != "final"], tmp_path / "no")

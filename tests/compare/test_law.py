@@ -81,7 +81,7 @@ def test_law_knows_what_it_was_fitted_to():
     [
         (lambda p: p.parameters < 1_000_000, "50,000 parameters: 3 seeds, 4 budgets"),
         (lambda p: p.parameters > 50_000 or p.text_tokens < 1e6, "50,000 parameters: 3 seeds, 2 budgets"),
-        (lambda p: p.parameters > 50_000 or p.seed == 1, "50,000 parameters: 1 seeds, 4 budgets"),
+        (lambda p: p.parameters > 50_000 or p.seed == 1, "50,000 parameters: 1 seed, 4 budgets"),
         (lambda p: False, "no runs"),
     ],
 )
