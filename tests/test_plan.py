@@ -162,7 +162,7 @@ def test_equal_text_and_parameters_are_called_equal():
         ({"hardware": {**HARDWARE, "utilization": 0.4}}, "'hardware.utilization'; did you mean 'utilisation'?"),
         ({"grown": [{"model": "1m", "text_token": 1}]}, "'grown.0.text_token'; did you mean 'text_tokens'?"),
         ({"grown": []}, "grown is []: list should have at least 1 item"),
-        ({"grown": [{"model": "9m", "text_tokens": 1}]}, "grown.0.model: there is no preset '9m'; there are 124m"),
+        ({"grown": [{"model": "9m", "text_tokens": 1}]}, "grown.0.model: there is no preset '9m'; did you mean 900m"),
         ({"grown": [{"model": {"hiden_size": 8}, "text_tokens": 1}]}, "no 'hiden_size'; did you mean 'hidden_size'?"),
         ({"grown": [{"model": {"architectures": "gpt2"}, "text_tokens": 1}]}, "models have no 'architectures'"),
         (

@@ -160,7 +160,19 @@ def test_transformers_own_push_sends_the_code_too(checkpoint, hub):
 
 def test_a_hub_that_cannot_be_reached_is_one_clear_error(checkpoint, monkeypatch):
     use_hub(monkeypatch, 1)
-    with pytest.raises(HubError, match=r"could not push .* to 'someone/model': ConnectError"):
+    with pytest.raises(HubError, match=r"could not push .* to 'someone/model': ConnectError.*; the same command tries"):
+        push_to_hub(checkpoint, "someone/model")
+
+
+@pytest.mark.parametrize("name", ["bad", "a/b/c", "so me/one"])
+def test_a_name_that_no_repository_has_is_refused_before_anything_is_read(name, tmp_path):
+    with pytest.raises(HubError, match=rf"could not push .* to '{name}': write USER/NAME, such as"):
+        push_to_hub(tmp_path / "not even there", name)
+
+
+def test_only_who_is_refused_is_told_to_log_in(checkpoint, hub, monkeypatch):
+    monkeypatch.setattr(Hub, "do_POST", lambda self: self._answer({"error": "Invalid username or password."}, 401))
+    with pytest.raises(HubError, match=r"401 .*; `hf auth login` logs in"):
         push_to_hub(checkpoint, "someone/model")
 
 

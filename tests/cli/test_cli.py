@@ -137,6 +137,7 @@ def test_every_command_says_in_a_whole_sentence_what_it_does(run, monkeypatch):
 def test_inspect_shows_groups_memory_and_lineage(run, checkpoint):
     code, out, _ = run("inspect", checkpoint)
     assert code == 0
+    assert "Training needs 0.362 MB" in out and " 0.0 " not in out
     for word in ("base", "grown1", "everything else", "MB", "Lineage", "stage: 2", "ffn_param_tokens: +50%", "sha256"):
         assert word in out
 
@@ -259,6 +260,11 @@ def test_mistakes_in_a_recipe(run, recipe, tmp_path, monkeypatch, sections, mess
 def test_missing_recipe_and_unknown_option(run, tmp_path):
     code, _, err = run("train", tmp_path / "none.yaml")
     assert code == 2 and "cannot read recipe" in err
+    code, _, err = run("train", tmp_path)
+    assert code == 2 and "it is a folder; give the YAML file that says what to do" in err
+    (tmp_path / "recipe.yaml").touch()
+    code, _, err = run("train", tmp_path)
+    assert code == 2 and f"it is a folder; did you mean {tmp_path / 'recipe.yaml'}?" in err
     code, _, err = run("train", "--rezume")
     assert code == 2 and "--resume" in err
 

@@ -172,7 +172,7 @@ def test_official_growth_with_tau_kept_is_ours():
         ({"ffn_param_tokens": "+1", "name": "values"}, "'values' cannot be used"),
         ({"ffn_param_tokens": "+1", "num_hidden_layers": "+1", "name": "training"}, "'training' cannot be used"),
         ({"ffn_param_tokens": "+1", "name": "embedding"}, "'embedding' cannot be used"),
-        ({"preset": "2m"}, "no preset '2m'"),
+        ({"preset": "2m"}, "no preset '2m'; did you mean 24m or 124m or 8m?"),
     ],
 )
 def test_refusals_leave_the_model_untouched(arguments, message):

@@ -144,9 +144,16 @@ def test_official_state_dicts_have_our_counts():
         assert str(PINNED[name]) in text
 
 
-def test_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"no preset '12m'; there are 124m, .*1m-ffn"):
-        TokenformerConfig.from_preset("12m")
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("1m-paralel", "did you mean 1m-parallel or 150m-parallel or 124m-parallel[?]"),
+        ("gpt2", "there are 124m, 354m, .*, 24m, and each with -ffn or -parallel behind it"),
+    ],
+)
+def test_an_unknown_preset_is_told_the_nearest_or_the_sizes(name, hint):
+    with pytest.raises(ValueError, match=f"no preset '{name}'; {hint}$"):
+        TokenformerConfig.from_preset(name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

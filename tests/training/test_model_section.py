@@ -28,7 +28,7 @@ PARSERS = {
     ("model", "message"),
     [
         ({"architecture": "gpt_nex"}, "model: there is no architecture 'gpt_nex'; there are tokenformer, "),
-        ({"preset": "9m"}, "model: there is no preset '9m'; there are "),
+        ({"preset": "9m"}, "model: there is no preset '9m'; did you mean 900m or 8m or 4m?"),
         ({"architecture": "llama", "preset": "1m"}, "model: presets are sizes of TokenFormers; take out preset or"),
         ({"hiden_size": 8}, "model: 'tokenformer' models have no 'hiden_size'; did you mean 'hidden_size'?"),
         ({"preste": "1m"}, "model: 'tokenformer' models have no 'preste'; did you mean 'preset'?"),

@@ -87,7 +87,7 @@ def test_a_plus_is_harmless_where_a_number_is_wanted(tmp_path):
             "training.schedule is 'linear': input should be 'wsd', 'cosine' or 'constant'",
         ),
         (changed(data={"validation_fraction": 0.9}), "data.validation_fraction is 0.9: input should be less than 0.5"),
-        (changed(model={"preset": "9m"}), "model: there is no preset '9m'; there are "),
+        (changed(model={"preset": "9m"}), "model: there is no preset '9m'; did you mean 900m or 8m or 4m?"),
         (
             changed(stages=[{"text_tokens": 1, "ffn_param_tokens": "+50%"}]),
             "\n  stages.0 grows, but the first stage trains `model`: put its sizes there",

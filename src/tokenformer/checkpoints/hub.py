@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -31,8 +32,12 @@ def push_to_hub(
 
     Raises:
         CheckpointError: missing or damaged.
-        HubError: not logged in, no network, or refused by the Hub.
+        HubError: another form of name, not logged in, no network, or refused by the Hub.
     """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII):
+        raise HubError(
+            f"could not push {checkpoint} to {repo_id!r}: write USER/NAME, such as someone/small-tokenformer"
+        )
     lineage = verify_checkpoint(checkpoint)
     card = model_card(read_config(checkpoint), lineage, license=license)
     weights = weight_files(checkpoint)
@@ -48,7 +53,9 @@ def push_to_hub(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return str(api.create_commit(repo_id, operations, commit_message="Upload a TokenFormer").commit_url)
     except Exception as error:  # the Hub can fail in as many ways as a network; none leaves anything half here
+        refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+        remedy = "`hf auth login` logs in" if refused else "the same command tries again"
         raise HubError(
-            f"could not push {checkpoint} to {repo_id!r}: {first_line(error)}; `hf auth login` logs in, and nothing in "
-            "the folder has changed"
+            f"could not push {checkpoint} to {repo_id!r}: {first_line(error)}; {remedy}, and nothing in the folder has "
+            "changed"
         ) from error

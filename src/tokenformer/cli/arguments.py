@@ -26,6 +26,10 @@ def _within(folder: Path) -> str:
 
 def check_recipe(path: Path) -> Path:
     """Return a recipe's file; RecipeError if there is none."""
+    if path.is_dir():
+        inside = sorted(path.glob("*.yaml"))
+        hint = f"did you mean {inside[0]}?" if inside else "give the YAML file that says what to do"
+        raise RecipeError(f"cannot read recipe {path}: it is a folder; {hint}")
     if not path.exists():
         raise RecipeError(f"cannot read recipe {path}: there is no such file{_nearest(path)}")
     return path

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..units import counted
+from ..units import amount, counted
 from .arguments import Checkpoint, Json
 from .console import make_console
 from .groups import judged
@@ -47,8 +47,8 @@ def inspect(
     console.print(
         f"{checkpoint}: {facts['parameters']:,} parameters, {counted(facts['num_hidden_layers'], 'block')} of width "
         f"{facts['hidden_size']}, {facts['kind']}, vocabulary {facts['vocab_size']:,}\n"
-        f"Training needs {facts['training_bytes'] / 1e6:,.0f} MB beside activations (float32, AdamW); generating reads "
-        f"{facts['bytes'] / 1e6:,.1f} MB per text token.",
+        f"Training needs {amount(facts['training_bytes'] / 1e6)} MB beside activations (float32, AdamW); generating "
+        f"reads {amount(facts['bytes'] / 1e6)} MB per text token.",
         markup=False,
         soft_wrap=True,
     )

@@ -169,7 +169,8 @@ def _loss(value: float | None) -> str:
 
 
 def _megabytes(part: dict[str, Any]) -> str:
-    return f"{part['bytes'] / 1e6:,.1f}"
+    megabytes = part["bytes"] / 1e6
+    return f"{megabytes:,.1f}" if megabytes >= 9.95 else f"{megabytes:.3g}"
 
 
 def _spending(plan: Plan) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import GrowthError
-from ..models.configuration_tokenformer import PRESETS
+from ..models.configuration_tokenformer import preset_sizes
 from ..models.names import PROJECTIONS
 from ..models.pattention import default_tau, draw_tokens, zero_of_new_group
 from .architectures import GroupEntry, Groups, architecture_of, check_new, group_names, token_groups, with_groups
@@ -258,11 +258,12 @@ def _group_norm(config: PreTrainedConfig, groups: list[GroupEntry], asked: str |
 
 
 def _preset_totals(config: PreTrainedConfig, preset: str) -> dict[str, Amount | None]:
-    if preset not in PRESETS:
-        raise GrowthError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    try:
+        sizes = preset_sizes(preset)
+    except ValueError as error:
+        raise GrowthError(str(error)) from error
     if config.model_type != "tokenformer":
         raise GrowthError(f"presets are sizes of TokenFormers; this is a {config.model_type!r} model: give totals")
-    sizes = PRESETS[preset]
     for field in ("hidden_size", "num_attention_heads", "use_parallel_residual"):
         if sizes.get(field, False) != getattr(config, field):
             raise GrowthError(

@@ -3,6 +3,7 @@
 No postponed annotations here: `strict` would then leave the types of the fields unchecked.
 """
 
+import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -236,9 +237,21 @@ class TokenformerConfig(PreTrainedConfig):
         Raises:
             ValueError: unknown name.
         """
-        if name not in PRESETS:
-            raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **overrides})
+        return cls(**{**preset_sizes(name), **overrides})
+
+
+def preset_sizes(name: str) -> dict[str, int]:
+    """Return the fields of a preset.
+
+    Raises:
+        ValueError: unknown name; the nearest are named.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.5)
+        known = f"there are {', '.join(_PAPER_PRESETS)}, and each with -ffn or -parallel behind it"
+        hint = f"did you mean {' or '.join(near)}?" if near else known
+        raise ValueError(f"there is no preset {name!r}; {hint}")
+    return PRESETS[name]
 
 
 def count_at(count: int | list[int], block: int) -> int:

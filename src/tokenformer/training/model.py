@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .. import cost
 from ..growth.architectures import ARCHITECTURES
-from ..models.configuration_tokenformer import PRESETS, TokenformerConfig
+from ..models.configuration_tokenformer import TokenformerConfig, preset_sizes
 from ..sections import Section
 
 
@@ -69,7 +69,7 @@ class ModelSection(Section):
             ValueError: sizes that make no model.
         """
         given = self.model_dump(exclude=self._own(), exclude_none=True, exclude_unset=True)
-        preset = PRESETS[self.preset] if self.preset else {}
+        preset = preset_sizes(self.preset) if self.preset else {}
         kind = CONFIG_MAPPING[self.architecture]
         derived = {name: value for name, value in derived.items() if kind.attribute_map.get(name, name) not in given}
         try:
@@ -83,12 +83,12 @@ class ModelSection(Section):
     def _makes_sense(self) -> ModelSection:
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"there is no architecture {self.architecture!r}; there are {', '.join(ARCHITECTURES)}")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}")
-        if self.preset is not None and self.architecture != "tokenformer":
-            raise ValueError(
-                f"presets are sizes of TokenFormers; take out preset or architecture {self.architecture!r}"
-            )
+        if self.preset is not None:
+            preset_sizes(self.preset)  # or says which there are
+            if self.architecture != "tokenformer":
+                raise ValueError(
+                    f"presets are sizes of TokenFormers; take out preset or architecture {self.architecture!r}"
+                )
         kind = CONFIG_MAPPING[self.architecture]
         # Without most of what every configuration has: `architectures`, a likely slip, is one of those.
         known = {*kind.attribute_map, *_names(kind)} - (_names(PreTrainedConfig) - {"tie_word_embeddings"})
