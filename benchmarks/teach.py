@@ -24,7 +24,8 @@ from layer import machine
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenformer.data.blocks import pack, training_order, utf8_bytes
+from tokenformer.data.blocks import pack, utf8_bytes
+from tokenformer.data.order import training_order
 from tokenformer.evaluation import evaluate
 from tokenformer.quiet import quiet_libraries
 

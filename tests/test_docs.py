@@ -34,6 +34,7 @@ from typer.testing import CliRunner
 import tokenformer
 from tokenformer.cli import app as cli
 from tokenformer.compare.recipe import load_compare_recipe
+from tokenformer.data.section import TextSection
 from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.plan import read_plan
 from tokenformer.training.recipe import load_recipe
@@ -139,6 +140,13 @@ def test_shell_commands(page, project):
     for command in commands(page):
         if command not in SHARED:
             run(command)
+
+
+def test_the_curriculum_of_the_training_page_trains(project):
+    recipe, mixture = blocks(ROOT / "docs" / "verbs" / "train.md", "yaml")
+    Path("curriculum.yaml").write_text(recipe.replace("0_000 ", "_000 "), encoding="utf-8")
+    run("tokenformer train curriculum.yaml")
+    assert list(TextSection(**yaml.safe_load(mixture)).mixture) == ["notes", "shakespeare"]
 
 
 def test_the_tutorial_runs():

@@ -25,7 +25,8 @@ def held_out(checkpoint: Path, *, num_blocks: int) -> tuple[datasets.Dataset, in
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     length = recipe.training.sequence_length
     data = prepare(recipe.data, sequence_length=length, tokenizer_folder=checkpoint, tokenizer=tokenizer)
-    blocks = data.validation_blocks.select(range(min(num_blocks, len(data.validation_blocks))))
+    (held,) = data.validation.values()
+    blocks = held.blocks.select(range(min(num_blocks, len(held.blocks))))
     predicted = [i for ids in blocks["input_ids"] for i in ids[1:]]
     return blocks, len(tokenizer.decode(predicted, skip_special_tokens=True).encode())
 

@@ -76,7 +76,7 @@ def fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, st
         inner = _section(field.annotation)
         if inner is not None:
             yield f"{prefix}{name}", "section", "", field.description or ""
-            yield from fields(inner, f"{prefix}{name}{'[]' if _is_list(field.annotation) else ''}.")
+            yield from fields(inner, f"{prefix}{name}{_places(field.annotation)}.")
             continue
         default = "required" if field.is_required() else "" if field.default is None else str(field.default)
         yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
@@ -106,13 +106,16 @@ def _keys(section: type[BaseModel]) -> str:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        annotation = next((a for a in typing.get_args(annotation) if a is not type(None)), None)
     if typing.get_origin(annotation) in (list, dict):
         annotation = typing.get_args(annotation)[-1]
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def _is_list(annotation: Any) -> bool:
-    return typing.get_origin(annotation) is list
+def _places(annotation: Any) -> str:
+    """Write where in a list or by which name a section stands."""
+    return {list: "[]", dict: ".NAME"}.get(typing.get_origin(annotation), "")
 
 
 def _type_name(annotation: Any) -> str:

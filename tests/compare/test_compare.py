@@ -52,7 +52,10 @@ def content(tmp_path_factory):
         ({"arms": {"small": {"model": SMALL, "stages": [{"at": 9, "mehtod": "exact"}]}}}, "did you mean 'method'"),
         ({"arms": {"small": {"model": SMALL, "training": {"scedule": "wsd"}}}}, "did you mean 'schedule'"),
         ({"data": {"source": "x", "streaming": True}}, "streaming does not go with a comparison"),
-        ({"arms": {"small": {"model": SMALL, "training": {"sequence_length": 16}}}}, "all arms read the same blocks"),
+        (
+            {"arms": {"small": {"model": SMALL, "training": {"sequence_length": 12}}}},
+            "12, which does not divide training",
+        ),
     ],
 )
 def test_impossible_rules_are_refused(content, changes, message):
@@ -293,18 +296,25 @@ def training_section(**training):
 # --- Text ----------------------------------------------------------------------------------------------------------
 
 
+def held_out(data):
+    (held,) = data.validation.values()
+    return held.documents
+
+
 def test_no_arm_sees_the_text_it_is_judged_on(content, tmp_path):
     recipe = parsed(content)
     text = load_text(recipe, tmp_path)
-    tuning, report = (set(half.validation_documents["text"]) for half in (text.tuning, text.report))
+    tuning, report = (set(held_out(half)["text"]) for half in (text.tuning, text.report))
     assert tuning and report and not tuning & report
     assert text.tuning.train_blocks is text.report.train_blocks
-    train = "".join(text.report.tokenizer.decode(block[1:]) for block in text.report.train_blocks["input_ids"])
+    (blocks,) = text.report.train_blocks.values()
+    train = "".join(text.report.tokenizer.decode(block[1:]) for block in blocks["input_ids"])
     assert all(document[:60] not in train and document[-60:] not in train for document in tuning | report)
     for half in (text.tuning, text.report):
-        held = "".join(half.tokenizer.decode(b[1:]) for b in half.validation_blocks["input_ids"])
-        assert all(document in held for document in half.validation_documents["text"])
-        assert half.validation_bytes == sum(len(d.encode()) for d in half.validation_documents["text"])
+        (part,) = half.validation.values()
+        held = "".join(half.tokenizer.decode(b[1:]) for b in part.blocks["input_ids"])
+        assert all(document in held for document in part.documents["text"])
+        assert part.num_bytes == sum(len(d.encode()) for d in part.documents["text"])
 
 
 def test_halves_share_no_text_when_documents_repeat(content, tmp_path):
@@ -312,7 +322,7 @@ def test_halves_share_no_text_when_documents_repeat(content, tmp_path):
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = parsed(content, data={**content["data"], "validation_source": str(tmp_path / "held.jsonl")})
     text = load_text(recipe, tmp_path)
-    halves = [half.validation_documents["text"] for half in (text.tuning, text.report)]
+    halves = [held_out(half)["text"] for half in (text.tuning, text.report)]
     assert not set(halves[0]) & set(halves[1]) and [len(half) for half in halves] == [20, 20]
 
 

@@ -9,8 +9,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from tokenformer.data.blocks import pack, training_order, utf8_bytes
-from tokenformer.data.text import DataSection, hold_out, load_documents, prepare, text_sha256
+from tokenformer.data.blocks import pack, utf8_bytes
+from tokenformer.data.order import training_order
+from tokenformer.data.section import DataSection
+from tokenformer.data.sources import load_documents
+from tokenformer.data.text import hold_out, prepare, text_sha256
 from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.errors import DataError, TokenizerError
 
@@ -344,12 +347,20 @@ def corpus(tmp_path):
 
 CHILD = """
 import json, sys, pathlib, transformers
-from tokenformer.data.text import DataSection, prepare
+from tokenformer.data.section import DataSection
+from tokenformer.data.text import prepare
 transformers.PreTrainedTokenizerBase.__call__ = lambda *_, **__: sys.exit("tokenised again")
 section = DataSection(source=sys.argv[1], tokenizer="bpe:300", validation_fraction=0.2)
 text = prepare(section, sequence_length=16, tokenizer_folder=pathlib.Path(sys.argv[2]))
-print(json.dumps([text.facts, text.train_blocks[:], text.validation_blocks[:]]))
+(train,), (held,) = text.train_blocks.values(), text.validation.values()
+print(json.dumps([text.facts, train[:], held.blocks[:]]))
 """
+
+
+def only(data):
+    """The text blocks and the held-out text of the one text there is."""
+    (blocks,), (held,) = data.train_blocks.values(), data.validation.values()
+    return blocks, held
 
 
 def test_prepare_and_again_in_a_new_process(corpus, tmp_path, cache, monkeypatch):
@@ -357,26 +368,36 @@ def test_prepare_and_again_in_a_new_process(corpus, tmp_path, cache, monkeypatch
     data = prepare(section, sequence_length=16, tokenizer_folder=tmp_path / "run" / "tokenizer")
     train, validation = hold_out(load_documents(str(corpus)), fraction=0.2, max_bytes=None)
     want = stream(texts(train), data.tokenizer)
-    assert joined(data.train_blocks) == want[: len(data.train_blocks) * 15 + 1]
-    assert joined(data.validation_blocks) == stream(texts(validation), data.tokenizer)
-    counts = [len(validation), utf8_bytes(validation), len(train), len(data.train_blocks) * 15]
-    counts.insert(2, text_sha256(train, validation))
-    assert list(data.facts.values()) == [str(corpus), 0, "bpe:300", len(data.tokenizer), *counts]
-    assert data.validation_bytes == utf8_bytes(validation)
+    blocks, held = only(data)
+    assert joined(blocks) == want[: len(blocks) * 15 + 1]
+    assert joined(held.blocks) == stream(texts(validation), data.tokenizer)
+    assert data.facts == {
+        "source": str(corpus),
+        "rows_without_text": 0,
+        "training_documents": len(train),
+        "training_text_tokens": len(blocks) * 15,
+        "tokenizer": "bpe:300",
+        "vocabulary": len(data.tokenizer),
+        "validation_documents": len(validation),
+        "validation_bytes": utf8_bytes(validation),
+        "text_sha256": text_sha256(train, validation),
+    }
+    assert held.num_bytes == utf8_bytes(validation)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
     command = [sys.executable, "-c", CHILD, str(corpus), str(tmp_path / "run" / "tokenizer")]
     child = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert child.returncode == 0, child.stderr[-2000:]
-    assert json.loads(child.stdout) == [data.facts, data.train_blocks[:], data.validation_blocks[:]]
+    assert json.loads(child.stdout) == [data.facts, blocks[:], held.blocks[:]]
 
 
 def test_prepare_streaming(corpus, tmp_path):
     section = DataSection(source=str(corpus), tokenizer="bytes", validation_fraction=0.2, streaming=True)
     data = prepare(section, sequence_length=16, tokenizer_folder=tmp_path / "tokenizer")
     train, validation = hold_out(load_documents(str(corpus), streaming=True), fraction=0.2, max_bytes=None)
-    ids = joined(data.train_blocks)
+    blocks, held = only(data)
+    ids = joined(blocks)
     assert len(ids) > 3000 and ids == stream(texts(train), data.tokenizer)[: len(ids)]
-    assert data.validation_bytes == data.facts["validation_bytes"] == utf8_bytes(validation) > 0
+    assert held.num_bytes == data.facts["validation_bytes"] == utf8_bytes(validation) > 0
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -385,10 +406,11 @@ def test_prepare_with_validation_source_and_given_tokenizer(corpus, tmp_path, to
     section = DataSection(source=str(corpus), validation_source=str(tmp_path / "held.txt"), streaming=streaming)
     data = prepare(section, sequence_length=8, tokenizer_folder=tmp_path / "tokenizer", tokenizer=tokenizers[0])
     assert data.tokenizer is tokenizers[0] and not (tmp_path / "tokenizer").exists()
-    assert joined(data.validation_blocks) == stream(["held out é"], tokenizers[0])
-    assert (data.validation_bytes, data.facts["validation_documents"]) == (11, 1)
+    blocks, held = only(data)
+    assert joined(held.blocks) == stream(["held out é"], tokenizers[0])
+    assert (held.num_bytes, data.facts["validation_documents"]) == (11, 1)
     want = stream([f.read_text(encoding="utf-8") for f in sorted(corpus.iterdir())], tokenizers[0])
-    ids = joined(data.train_blocks)
+    ids = joined(blocks)
     assert ids == want[: len(ids)] and len(want) - len(ids) < 7
 
 
@@ -402,7 +424,8 @@ def test_validation_source_never_trains_and_keeps_to_its_bytes(tmp_path):
     assert data.facts["training_documents"] == 4 and data.facts["validation_documents"] == 1
     (text / "0.txt").write_text("")
     data = prepare(section, sequence_length=8, tokenizer_folder=tmp_path / "tokenizer")
-    assert texts(data.validation_documents) == ["document 1 " * 20] and data.validation_bytes == 220
+    held = only(data)[1]
+    assert texts(held.documents) == ["document 1 " * 20] and held.num_bytes == 220
     everything = section.model_copy(update={"validation_source": str(text)})
-    with pytest.raises(DataError, match=r"holds no text that data.validation_source does not"):
+    with pytest.raises(DataError, match=r"every document of data\.source is held out by"):
         prepare(everything, sequence_length=8, tokenizer_folder=tmp_path / "tokenizer")

@@ -11,8 +11,9 @@ import pytest
 from fsspec.compression import compr
 
 from tokenformer.data.blocks import pack
+from tokenformer.data.section import DataSection
 from tokenformer.data.sources import load_documents
-from tokenformer.data.text import DataSection, prepare
+from tokenformer.data.text import prepare
 from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.errors import DataError
 
@@ -53,8 +54,9 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path, streaming):
     write_table(tmp_path / "b.parquet", text=["a fourth", None])
     section = DataSection(source=str(tmp_path), tokenizer="bytes", validation_fraction=0.4, streaming=streaming)
     data = prepare(section, sequence_length=4, tokenizer_folder=tmp_path / "tokenizer")
-    ids = [i for block in data.train_blocks for i in block["input_ids"][1:]]
-    assert ids.count(data.tokenizer.eos_token_id) <= 4 - len(data.validation_documents)
+    (blocks,) = data.train_blocks.values()
+    ids = [i for block in blocks for i in block["input_ids"][1:]]
+    assert ids.count(data.tokenizer.eos_token_id) <= 4 - data.facts["validation_documents"]
     if not streaming:
         assert data.facts["rows_without_text"] == 4
         assert data.facts["training_documents"] + data.facts["validation_documents"] == 4

@@ -2,6 +2,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from tokenformer.data import section as data_module
 from tokenformer.errors import RecipeError
 from tokenformer.sections import fields
 from tokenformer.training import recipe as module
@@ -71,10 +72,10 @@ def test_a_plus_is_harmless_where_a_number_is_wanted(tmp_path):
         (changed(modell={}), "unknown key 'modell'; did you mean 'model'?"),
         (
             changed(data={"zzz": 1}),
-            "unknown key 'data.zzz'; known keys: source, validation_source, validation_split, text_column",
+            "unknown key 'data.zzz'; known keys: source, mixture, validation_source, validation_split, text_column",
         ),
         (changed(model=None), "'model' is missing"),
-        (changed(data={"source": None}), "data.source"),
+        (changed(data={"source": None}), "data: name one text as source, or several with their weights as mixture"),
         (changed(stages=None), "'stages' is missing"),
         (changed(stages=[]), "stages is []: list should have at least 1 item"),
         (changed(stages={"text_tokens": 1}), "stages is {'text_tokens': 1}: input should be a valid list"),
@@ -158,7 +159,8 @@ def test_sizes_that_make_no_model():
 
 def test_every_field_is_explained():
     explained = {key: meaning for key, _, _, meaning in fields(Recipe)}
-    sections = [s for s in vars(module).values() if isinstance(s, type) and issubclass(s, BaseModel)]
+    here = [*vars(module).values(), *vars(data_module).values()]
+    sections = [s for s in here if isinstance(s, type) and issubclass(s, BaseModel)]
     names = {name for s in sections for name in s.model_fields}
     assert names == {key.rpartition(".")[2] for key in explained} and len(names) > 40
     assert {key: meaning for key, meaning in explained.items() if not meaning.strip().endswith(".")} == {}
@@ -180,8 +182,8 @@ def test_a_slip_in_any_key_is_answered_with_that_key(key):
     slip = name + "x"
     content = {"model": {}, "data": {"source": "x"}, "training": {}, "stages": [{"text_tokens": 1}]}
     at = content
-    for part in section.replace("..", ".").split(".") if section else []:
-        at = at[int(part)] if part.isdigit() else at[part]
+    for part in section.split(".") if section else []:
+        at = at[int(part)] if part.isdigit() else at.setdefault(part, {})
     at[slip] = 1
     assert f"did you mean {name!r}?" in refusal(content)
 

@@ -93,8 +93,10 @@ def _counts(group: GroupEntry) -> str:
 def _loss(event: Event) -> str:
     if event.loss is None:
         return "not recorded"
+    texts = event.bits_per_byte_of or {}
     bits = "" if event.bits_per_byte is None else f", {event.bits_per_byte:.4f} bits per byte"
-    return f"{event.loss:.4f} nats per text token{bits}"
+    each = "".join(f"; {name} {'–' if found is None else f'{found:.4f}'}" for name, found in texts.items())
+    return f"{event.loss:.4f} nats per text token{bits}{each}"
 
 
 def _sentence(event: Event) -> str:

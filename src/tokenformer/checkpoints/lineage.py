@@ -28,7 +28,7 @@ class Event(pydantic.BaseModel):
     recipe: dict[str, Any] | None = None
     """The whole training recipe."""
     data: dict[str, Any] | None = None
-    """What the text was: source, tokenizer, held-out text."""
+    """What the text was: source, tokenizer, held-out text, and of training what share of it each text was."""
     seed: int | None = None
     """Of everything random in it."""
     text_tokens_seen: int = 0
@@ -41,6 +41,8 @@ class Event(pydantic.BaseModel):
     """Validation loss afterwards, in nats per text token."""
     bits_per_byte: float | None = None
     """Validation loss afterwards, in bits per UTF-8 byte."""
+    bits_per_byte_of: dict[str, float | None] | None = None
+    """The same of each text, where there are several."""
     date: str = pydantic.Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     """When, in UTC."""
     versions: dict[str, str] = pydantic.Field(

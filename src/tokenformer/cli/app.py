@@ -67,7 +67,7 @@ def train(
     from ..training.recipe import load_recipe
     from ..training.train import train as run
     from .displays import TrainingDisplay
-    from .tables import stage_row, stage_table
+    from .tables import stage_row, stage_table, text_loss_table
 
     console = make_console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun, one process speaks
     folder = output or Path("runs") / recipe.stem
@@ -83,6 +83,8 @@ def train(
         make_console(stderr=True).print(f"Interrupted. {hint}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
     console.print(stage_table(stage_row(f"{i + 1}", c) for i, c in enumerate(checkpoints)))
+    if texts := text_loss_table(checkpoints):
+        console.print(texts)
     console.print(f"Final checkpoint: {checkpoints[-1]}", markup=False, soft_wrap=True)
 
 

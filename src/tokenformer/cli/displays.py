@@ -77,9 +77,12 @@ class TrainingDisplay(_Display):
         """Show one event."""
         kind = event["event"]
         if kind == "data":
+            texts = event.get("texts", {"": event})
+            sizes = ", ".join(f"{n} {t.get('training_text_tokens', 0):,}".strip() for n, t in texts.items())
+            source = "" if "texts" in event else f"{event['source']}, "
             self.console.print(
-                f"text: {event['source']}, tokenizer {event['tokenizer']} ({event['vocabulary']:,} entries), "
-                f"{event.get('training_text_tokens', 0):,} text tokens to train on; "
+                f"text: {source}tokenizer {event['tokenizer']} ({event['vocabulary']:,} entries), "
+                f"{sizes} text tokens to train on; "
                 f"{counted(event['validation_documents'], 'document')} ({event['validation_bytes']:,} bytes) held out",
                 markup=False,
             )
@@ -100,6 +103,13 @@ class TrainingDisplay(_Display):
             )
         elif kind == "stage":
             self.losses = {}
+            for text, read in event["reads"].items():
+                if read.get("passes", 0) > 1:
+                    self.console.print(
+                        f"stage {event['stage']} reads {text} {read['passes']:.1f} times over: there is no more of it",
+                        markup=False,
+                        highlight=False,
+                    )
             self.task = self.bar.add_task(
                 f"stage {event['stage']}, {event['parameters'] / 1e6:.2f} M",
                 total=event["steps"],

@@ -74,6 +74,17 @@ def stage_row(label: str, folder: Path) -> Row:
     )
 
 
+def text_loss_table(checkpoints: Sequence[Path]) -> Table | None:
+    """Tabulate the bits per byte of each text after each stage; None where there is only one text."""
+    from ..checkpoints.verify import read_lineage
+
+    rows: list[Row | None] = []
+    for number, folder in enumerate(checkpoints, 1):
+        texts = read_lineage(folder).last.bits_per_byte_of or {}
+        rows += [(f"{number}", name, _loss(found)) for name, found in texts.items()] + [None]
+    return tabulate(("stage", "held-out text"), ("bits/byte",), rows) if any(rows) else None
+
+
 def lineage_table(lineage: Lineage) -> Table:
     """Tabulate what happened to a checkpoint, oldest first."""
     rows = [

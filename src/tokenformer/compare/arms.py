@@ -11,9 +11,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from ..training.optimization import cosine
+from ..training.recipe import TrainingSection
 from .recipe import ArmStage, CompareRecipe
 
 Phase = Literal["hold", "fall", "cosine"]
@@ -39,6 +40,7 @@ class Segment:
         seed: of weights and of the order of text.
         learning_rate: the peak.
         growth: how it begins, if the model grows here.
+        stage: of the arm that it belongs to, which says what it reads; None before the first.
         frozen: what does not train.
         start, end: what has been spent, in the recipe's unit.
         phase: hold the learning rate (after the warm-up), let it fall to zero, or one cosine.
@@ -50,6 +52,7 @@ class Segment:
     seed: int
     learning_rate: float
     growth: ArmStage | None
+    stage: ArmStage | None
     frozen: tuple[str, ...]
     start: float
     end: float
@@ -67,11 +70,29 @@ class Segment:
             "warmup": self.recipe.budgets[0],
             "equal": self.recipe.equal,
             "seed": self.seed,
-            "growth": self.growth.model_dump(exclude={"at", "frozen"}, exclude_none=True) if self.growth else None,
+            "growth": {"method": self.growth.method, **self.growth.amounts} if self.growth else None,
             "frozen": self.frozen,
             "until": [self.start, self.end, self.phase],
         }
+        if reads := {**self.recipe.arms[self.arm].model_dump(include={"data"}, exclude_defaults=True), **self._reads}:
+            facts["reads"] = reads
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def training(self) -> TrainingSection:
+        """How it trains."""
+        own = {field: size for field, size in self._reads.items() if field != "data"}
+        return self.recipe.training_of(self.arm).model_copy(update=own)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """What share of the text tokens each text is that it reads."""
+        stage, arm = self.stage.data if self.stage else None, self.recipe.arms[self.arm].data
+        return (stage or arm or self.recipe.data).shares(self.recipe.data)
+
+    @property
+    def _reads(self) -> dict[str, Any]:
+        return self.stage.reads if self.stage else {}
 
     def rate(self, step: int, *, steps: int, per_step: float) -> float:
         """Return the learning rate of step `step` (from 0) of `steps` that cost `per_step` each."""
@@ -90,8 +111,8 @@ class Segment:
 def segments(recipe: CompareRecipe, run: Run) -> list[Segment]:
     """Cut a run into its segments, in order. It grows only before the end of its trunk: not at its end, nor later."""
     schedule, trunk_end = recipe.training_of(run.arm).schedule, recipe.trunk_end(run.arm, run.budget)
-    growths = {stage.at: stage for stage in recipe.arms[run.arm].stages if stage.at < trunk_end}
-    cuts = set(growths)
+    stages = {stage.at: stage for stage in recipe.arms[run.arm].stages if stage.at < trunk_end}
+    cuts = set(stages)
     if schedule != "cosine":
         cuts |= {end for budget in recipe.budgets if (end := recipe.trunk_end(run.arm, budget)) < trunk_end}
     phase: Phase = "cosine" if schedule == "cosine" else "hold"
@@ -99,13 +120,25 @@ def segments(recipe: CompareRecipe, run: Run) -> list[Segment]:
     if trunk_end < run.budget:
         bounds.append((run.budget, "fall"))
     found: list[Segment] = []
-    frozen: tuple[str, ...] = ()
+    stage: ArmStage | None = None
     start = 0.0
     for end, phase in bounds:
-        growth = growths.get(start)
-        frozen = tuple(growth.frozen) if growth else frozen
-        parent = found[-1] if found else None
-        found.append(Segment(recipe, parent, run.arm, run.seed, run.learning_rate, growth, frozen, start, end, phase))
+        stage = stages.get(start, stage)
+        found.append(
+            Segment(
+                recipe,
+                parent=found[-1] if found else None,
+                arm=run.arm,
+                seed=run.seed,
+                learning_rate=run.learning_rate,
+                growth=stage if stage and stage.at == start and stage.grows else None,
+                stage=stage,
+                frozen=tuple(stage.frozen) if stage else (),
+                start=start,
+                end=end,
+                phase=phase,
+            )
+        )
         start = end
     return found
 

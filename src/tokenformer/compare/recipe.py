@@ -10,19 +10,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..data.text import DataSection
+from ..data.section import DataSection, TextSection, texts_in
 from ..errors import RecipeError
 from ..growth.grow import Amount
 from ..sections import Section, parse_sections, read_yaml
 from ..training.model import ModelSection
-from ..training.recipe import TrainingSection
+from ..training.recipe import TrainingSection, check_length
 from .methods import METHODS
 
 Unit = Literal["training_flops", "text_tokens", "seconds"]
 
 
+# Fields of a stage that say what it reads; the others say how it grows.
+_READS = ("data", "sequence_length", "batch_size")
+
+
 class ArmStage(Section):
-    """One growth of an arm."""
+    """One growth of an arm, or another change in how it trains."""
 
     at: float = Field(gt=0)
     """What has been spent by then, all earlier stages included, in the unit of `equal`. A run whose learning rate
@@ -44,11 +48,27 @@ class ArmStage(Section):
     """What shrink_pad_perturb multiplies the old weights by. Default: 0.4."""
     frozen: list[str] = Field([])
     """What does not train from then on, as in `stages[].frozen` of a training recipe: "base" freezes the old tokens."""
+    data: TextSection | None = None
+    """What it reads until the next stage, a source or a mixture. Default: what the arm reads."""
+    sequence_length: int | None = Field(None, gt=1)
+    """Text tokens per sequence until the next stage; a divisor of `training.sequence_length`. Default: the arm's."""
+    batch_size: int | None = Field(None, gt=0)
+    """Sequences per optimizer step until the next stage. Default: the arm's."""
+
+    @property
+    def reads(self) -> dict[str, Any]:
+        """What it reads otherwise than the arm does, and in which batches."""
+        return self.model_dump(include={*_READS}, exclude_defaults=True)
 
     @property
     def amounts(self) -> dict[str, Any]:
         """What the method is asked for."""
-        return self.model_dump(exclude={"at", "method", "frozen"}, exclude_none=True)
+        return self.model_dump(exclude={"at", "method", "frozen", *_READS}, exclude_none=True)
+
+    @property
+    def grows(self) -> bool:
+        """Whether the model grows here."""
+        return bool(self.amounts) or not self.model_fields_set & {"frozen", *_READS}
 
     @model_validator(mode="after")
     def _known_method(self) -> ArmStage:
@@ -67,6 +87,9 @@ class Arm(Section):
     """How it grows, in order; none: it never does."""
     training: dict[str, Any] = Field({})
     """Fields of `training` that differ for this arm."""
+    data: TextSection | None = None
+    """What it reads instead of `data`, a source or a mixture; what is held out to tune and to report is the same for
+    all arms."""
 
 
 class Rules(Section):
@@ -130,9 +153,18 @@ class CompareRecipe(Section):
                     f"arms.{name}.stages grow at {points}; the points must rise and lie below {end:g}, "
                     "where the learning rate begins to decay in the largest budget"
                 )
-            if self.training_of(name).sequence_length != self.training.sequence_length:
-                raise ValueError(f"arms.{name}.training.sequence_length: all arms read the same blocks of text")
+            own = self.training_of(name).sequence_length
+            check_length(own, self.training, self.data, where=f"arms.{name}.training")
+            for i, stage in enumerate(arm.stages):
+                check_length(stage.sequence_length, self.training, self.data, where=f"arms.{name}.stages.{i}")
+        texts_in(self.data, self.other_texts)
         return self
+
+    @property
+    def other_texts(self) -> list[TextSection]:
+        """What arms and their stages read in place of `data`."""
+        found = [data for arm in self.arms.values() for data in (arm.data, *(stage.data for stage in arm.stages))]
+        return [data for data in found if data is not None]
 
     def training_of(self, arm: str) -> TrainingSection:
         """Return how an arm trains.

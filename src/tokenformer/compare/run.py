@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
@@ -26,11 +27,11 @@ from transformers import AutoModelForCausalLM
 
 from .. import cost
 from ..checkpoints.files import disk_errors
-from ..data.blocks import pack, utf8_bytes
-from ..data.text import TextData, prepare
+from ..data.text import HeldOut, TextData, prepare
 from ..errors import DataError, GrowthError, RecipeError, TokenformerError
 from ..growth.freeze import freeze_only
 from ..quiet import quiet_libraries
+from ..training.difficulty import difficulty
 from ..training.partial import unfinished
 from ..training.preparation import first_config
 from .arms import Run, Segment, final_runs, segments
@@ -124,7 +125,13 @@ def load_text(recipe: CompareRecipe, folder: Path, *, fresh: bool = False) -> Te
     with FileLock(folder / ".text.lock"):
         if fresh:
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-        data = prepare(recipe.data, sequence_length=length, tokenizer_folder=folder / "tokenizer")
+        data = prepare(
+            recipe.data,
+            sequence_length=length,
+            tokenizer_folder=folder / "tokenizer",
+            others=recipe.other_texts,
+            difficulty=difficulty,
+        )
         return Text(*_halve_validation(data, sequence_length=length))
 
 
@@ -137,13 +144,14 @@ def rehearse(recipe: CompareRecipe, text: Text) -> None:
     """
     sizes = {}
     for name, arm in recipe.arms.items():
-        training = recipe.training_of(name)
-        config = first_config(arm.model, text.report, context=training.sequence_length, where=f"arms.{name}.model")
+        context = recipe.training.sequence_length
+        config = first_config(arm.model, text.report, context=context, where=f"arms.{name}.model")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
             for i, stage in enumerate(arm.stages):
                 try:
-                    model, _ = grow_by(model, {}, stage.method, seed=0, **stage.amounts)
+                    if stage.grows:
+                        model, _ = grow_by(model, {}, stage.method, seed=0, **stage.amounts)
                     freeze_only(model, stage.frozen)
                 except GrowthError as error:
                     raise GrowthError(f"arms.{name}.stages.{i}: {error}") from error
@@ -258,6 +266,7 @@ def _run_lines(recipe: CompareRecipe, arms: Sequence[str], lines: list[Line]) ->
                     "purpose": purpose,
                     **dataclasses.asdict(run),
                     **{field: whole[-1][field] for field in (*facts, "tuning_bits_per_byte")},
+                    **{field: whole[-1][field] for field in ("bits_per_byte_of",) if field in whole[-1]},
                     "growths": [line["growth"] for line in whole if line["growth"]],
                     "curve": [point for line in whole for point in line["curve"]],
                     "segments": [line["id"] for line in whole],
@@ -304,32 +313,36 @@ def _default_workers(recipe: CompareRecipe, devices: list[str]) -> int:
 
 
 def _halve_validation(data: TextData, *, sequence_length: int) -> tuple[TextData, TextData]:
-    """Return `data` twice, each with about half of the held-out texts: one to choose by, one to report.
+    """Return `data` twice, each with about half of what every text holds out: one to choose by, one to report.
 
     Raises:
-        DataError: there is one held-out text only.
+        DataError: a text holds out one document only.
     """
-    documents = data.validation_documents
+    halves = {name: _halves(held.documents) for name, held in data.validation.items()}
+    first, second = (
+        replace(
+            data,
+            validation={
+                name: HeldOut.of(both[side], data.tokenizer, block_length=sequence_length)
+                for name, both in halves.items()
+            },
+        )
+        for side in (0, 1)
+    )
+    return first, second
+
+
+def _halves(documents: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
     sizes: Counter[str] = Counter()
     for text in documents["text"]:
         sizes[text] += len(text.encode())
     if len(sizes) < 2:
         raise DataError(
-            f"{len(sizes)} document is held out, but tuning and reporting need one each: raise "
+            f"{len(sizes)} document is held out of a text, but tuning and reporting need one each: raise "
             "data.validation_bytes or data.validation_fraction, or give text of more documents"
         )
     ends = np.cumsum(list(sizes.values()))
     middle = int(np.clip(np.searchsorted(ends, ends[-1] / 2) + 1, 1, len(ends) - 1))
     chosen = set(list(sizes)[:middle])
     sides = [[i for i, text in enumerate(documents["text"]) if (text in chosen) is side] for side in (True, False)]
-    halves = [documents.select(side) for side in sides]
-    first, second = (
-        replace(
-            data,
-            validation_documents=half,
-            validation_blocks=pack(half, data.tokenizer, block_length=sequence_length, keep_tail=True),
-            validation_bytes=utf8_bytes(half),
-        )
-        for half in halves
-    )
-    return first, second
+    return documents.select(sides[0]), documents.select(sides[1])

@@ -18,6 +18,7 @@ from ..checkpoints.checkpoint import load_checkpoint
 from ..checkpoints.files import replacing_file
 from ..checkpoints.lineage import Lineage
 from ..checkpoints.optimizer import OptimizerState, load_states
+from ..data.order import Reading
 from ..data.text import TextData
 from ..evaluation import Evaluation
 from ..growth.freeze import freeze_only
@@ -55,7 +56,7 @@ def train_segment(segment: Segment, parent: Line | None, text: Text, folder: Pat
         EvaluationError: FLOPs that cannot be trusted.
         KeyboardInterrupt: after Ctrl-C, once the state is saved; the next call continues from there.
     """
-    training, place = segment.recipe.training_of(segment.arm), folder / segment.id
+    training, place = segment.training, folder / segment.id
     place.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(place / "checkpoint", ignore_errors=True)  # of a worker that was killed before it could say so
     before = parent or {"spent": 0.0, "training_flops": 0.0, "text_tokens": 0, "seconds": 0.0}
@@ -69,8 +70,9 @@ def train_segment(segment: Segment, parent: Line | None, text: Text, folder: Pat
     per_step = _per_step(segment, model, training, place)
     flops = flops_per_step(model, training)
     steps = max(1, steps_within(segment.end, before["spent"], per_step))
+    settings = stage_settings(segment, training, parent, steps=steps, per_step=per_step)
     trained = run_stage(
-        stage_settings(segment, training, done=before["text_tokens"], steps=steps, per_step=per_step),
+        settings,
         lambda: (model, states, lineage),
         text.report,
         Log(place / "log.jsonl", on_event=lambda event: None, enabled=True),
@@ -89,6 +91,7 @@ def train_segment(segment: Segment, parent: Line | None, text: Text, folder: Pat
         "until": segment.end,
         "steps": steps,
         "spent": before["spent"] + steps * per_step,
+        "read": settings.reading.after(),
         "parameters": cost.parameters(trained.config),
         **_point(next(event for event in reversed(events) if event["event"] == "end"), before, flops),
         "tuning_bits_per_byte": finite(_evaluate(trained, text.tuning, training).bits_per_byte),
@@ -101,7 +104,7 @@ def train_segment(segment: Segment, parent: Line | None, text: Text, folder: Pat
 def first_model(segment: Segment, text: Text, training: TrainingSection) -> PreTrainedModel:
     """Make the model an arm begins with, of random weights."""
     model, where = segment.recipe.arms[segment.arm].model, f"arms.{segment.arm}.model"
-    config = first_config(model, text.report, context=training.sequence_length, where=where)
+    config = first_config(model, text.report, context=segment.recipe.training.sequence_length, where=where)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
@@ -122,7 +125,7 @@ def _grow(
 ) -> tuple[PreTrainedModel, OptimizerState, Line]:
     """Grow, and say what it did to size, loss and logits."""
     assert segment.growth is not None
-    sample = next(batches(text.report.validation_blocks, 4))
+    sample = next(batches(next(iter(text.report.validation.values())).blocks, 4))
     before, parameters = _evaluate(model, text.report, training), cost.parameters(model.config)
     with torch.no_grad():
         logits = model.eval()(sample, use_cache=False).logits
@@ -146,28 +149,38 @@ def _grow(
 
 
 def stage_settings(
-    segment: Segment, training: TrainingSection, *, done: int, steps: int, per_step: float
+    segment: Segment, training: TrainingSection, parent: Line | None, *, steps: int, per_step: float
 ) -> StageSettings:
-    """Say a segment as a stage, after `done` text tokens; `train_segment` has grown its model and frozen parts of it.
+    """Say a segment as a stage; `train_segment` has grown its model and frozen parts of it.
 
     Args:
         segment: what to train.
-        training: how its arm trains.
-        done: text tokens that the segments before it have read.
+        training: how it trains.
+        parent: the line of the segment before it.
         steps: optimizer steps.
         per_step: what each costs, in the recipe's unit.
     """
-    length = training.sequence_length
     return StageSettings(
         # Whether growth resets the optimizer was decided before; between other segments nothing is lost.
         training=training.model_copy(update={"keep_optimizer_state": True}),
         steps=steps,
         rate=partial(segment.rate, steps=steps, per_step=per_step),
         seed=segment.seed,
-        skipped=training.batch_size * math.ceil(done / (training.batch_size * length)),
+        reading=Reading(
+            sequences=training.batch_size * steps,
+            shares=segment.shares,
+            skipped=_read(segment, parent) if parent else {},
+            pieces=segment.recipe.training.sequence_length // training.sequence_length,
+        ),
         frozen=list(segment.frozen),
         arguments={"arm": segment.arm, "segment": segment.id, "training": training.model_dump(exclude_unset=True)},
     )
+
+
+def _read(segment: Segment, parent: Line) -> dict[str, int]:
+    """Return the text blocks that were read before; lines of older versions, which knew one text, do not say."""
+    (*_, text), length = segment.shares, segment.recipe.training.sequence_length
+    return parent.get("read") or {text: math.ceil(parent["text_tokens"] / length)}
 
 
 def _per_step(segment: Segment, model: PreTrainedModel, training: TrainingSection, place: Path) -> float:
@@ -192,4 +205,5 @@ def _point(event: Line, before: Line, flops_per_step: float) -> Line:
         "seconds": event["seconds"],
         "loss": finite(event["loss"]),
         "bits_per_byte": finite(event["bits_per_byte"]),
+        **{field: event[field] for field in ("bits_per_byte_of",) if field in event},
     }

@@ -1,4 +1,4 @@
-"""Documents into text blocks: stretches of text-token ids of one length, and their order.
+"""Documents into text blocks: stretches of text-token ids of one length.
 
 A block stores each text token once: what it predicts is itself, one position on.
 """
@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import DataError
 from .cache import cached
 from .sources import Documents, load_documents, texts_of
+
+BLOCK_FEATURES = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
 
 
 def pack(
@@ -42,18 +44,7 @@ def pack(
         return datasets.IterableDataset.from_generator(_text_blocks, gen_kwargs=arguments)
     identity = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     key = Hasher.hash([documents._fingerprint, identity, tokenizer.eos_token_id, block_length, keep_tail, 2])
-    return cached(_text_blocks, arguments, _FEATURES, key=key)
-
-
-def training_order(num_blocks: int, start: int, count: int, *, seed: int) -> np.ndarray:
-    """Return which block each of the positions start … start + count - 1 of the endless training order holds.
-
-    Every epoch is a permutation drawn from (seed, epoch). int64 `[count]`.
-    """
-    epochs = range(start // num_blocks, (start + max(count, 1) - 1) // num_blocks + 1)
-    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_blocks) for epoch in epochs])
-    first = start - epochs.start * num_blocks
-    return order[first : first + count]
+    return cached(_text_blocks, arguments, BLOCK_FEATURES, key=key)
 
 
 def text_blocks(
@@ -86,9 +77,6 @@ def text_blocks(
 def utf8_bytes(documents: Iterable[Any]) -> int:
     """Bytes of text in rows of {"text"}."""
     return sum(len(row["text"].encode()) for row in documents)
-
-
-_FEATURES = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
 
 
 def _text_blocks(

@@ -4,46 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
-from pydantic import Field
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import DataError
-from ..sections import Section
 from ..units import counted
 from .blocks import pack, utf8_bytes
+from .section import DataSection, TextSection, Use, texts_in
 from .sources import Documents, load_documents, texts_of
 from .tokenizer import make_tokenizer, vocabulary_size
 
-
-class DataSection(Section):
-    """The text: where from, how held out, how tokenised."""
-
-    source: str | list[str]
-    """"shakespeare", "python-stdlib", a file, folder, glob, .jsonl, .parquet, a dataset name, or a list."""
-    validation_source: str | list[str] | None = None
-    """Text to validate on. Default: documents held out of `source`."""
-    validation_split: str = "validation"
-    """Split of a named dataset given as `validation_source`."""
-    text_column: str = "text"
-    """Column that holds the text in JSONL, Parquet and datasets."""
-    split: str = "train"
-    """Split of a named dataset."""
-    validation_fraction: float = Field(0.05, gt=0, lt=0.5)
-    """Share of the text (in UTF-8 bytes) whose documents are held out for validation."""
-    validation_bytes: int | None = Field(262_144, gt=0)
-    """Most held-out text to evaluate on, in UTF-8 bytes, whole documents (at least one); null for all of it."""
-    tokenizer: str = "bpe:4096"
-    """"bpe:N" (byte-level BPE trained on the training text), "bytes", or a Hugging Face name or folder. A checkpoint's
-    own tokenizer goes before it."""
-    streaming: bool = False
-    """Read and tokenise on the fly instead of caching: for corpora larger than the disk."""
+# How hard each document is for a checkpoint, whatever the unit.
+Difficulty: TypeAlias = Callable[[str, datasets.Dataset], np.ndarray]
 
 
 def hold_out(documents: Documents, *, fraction: float, max_bytes: int | None) -> tuple[Documents, datasets.Dataset]:
@@ -83,13 +61,33 @@ def hold_out(documents: Documents, *, fraction: float, max_bytes: int | None) ->
 
 
 @dataclass(frozen=True)
-class TextData:
-    """Text ready for training: text blocks, the tokenizer, and `facts` for logs and lineage."""
+class HeldOut:
+    """Held-out text: its documents, their text blocks and their UTF-8 bytes."""
 
-    train_blocks: Documents
-    validation_documents: datasets.Dataset
-    validation_blocks: datasets.Dataset
-    validation_bytes: int
+    documents: datasets.Dataset
+    blocks: datasets.Dataset
+    num_bytes: int
+
+    @classmethod
+    def of(cls, documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, block_length: int) -> HeldOut:
+        """Pack documents; none of their text is left out."""
+        blocks = pack(documents, tokenizer, block_length=block_length, keep_tail=True)
+        return cls(documents, blocks, utf8_bytes(documents))
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Text ready for training.
+
+    Attributes:
+        train_blocks: text blocks by `Use.key`.
+        validation: held-out text by the name of the text.
+        tokenizer: of all.
+        facts: for logs and lineage.
+    """
+
+    train_blocks: dict[str, Documents]
+    validation: dict[str, HeldOut]
     tokenizer: PreTrainedTokenizerBase
     facts: dict[str, Any]
 
@@ -99,65 +97,116 @@ def prepare(
     *,
     sequence_length: int,
     tokenizer_folder: Path,
+    others: Sequence[TextSection | None] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
+    difficulty: Difficulty | None = None,
 ) -> TextData:
     """Read, hold out and pack what a recipe's `data` section says, with its tokenizer.
 
-    The tokenizer is `tokenizer` where given, else the one in `tokenizer_folder`, else made from the training text and
-    kept there.
+    The tokenizer is `tokenizer` where given, else the one in `tokenizer_folder`, else made from the training text of
+    `section` and kept there.
+
+    Args:
+        section: the recipe's `data`.
+        sequence_length: text tokens in a text block.
+        tokenizer_folder: where the tokenizer is kept.
+        others: what stages read in its place. No text trains on what another has held out.
+        tokenizer: a checkpoint's own.
+        difficulty: says how hard documents are for a checkpoint; needed where a share is `sorted_by` one.
 
     Raises:
         DataError: as `load_documents`, `hold_out` and `pack`. TokenizerError: as `make_tokenizer`.
     """
-    column = section.text_column
-    train = load_documents(section.source, text_column=column, split=section.split, streaming=section.streaming)
-    facts: dict[str, Any] = {"source": section.source}
-    if not section.streaming:
-        facts["rows_without_text"] = sum(not text for text in train["text"])
-    if section.validation_source is not None:
-        validation = load_documents(section.validation_source, text_column=column, split=section.validation_split)
-        train, validation = _apart(train, validation, max_bytes=section.validation_bytes)
-    else:
-        train, validation = hold_out(train, fraction=section.validation_fraction, max_bytes=section.validation_bytes)
+    uses = texts_in(section, others)
+    rows = {use.name: _load(use, section) for use in uses.values()}
+    parts = {use.name: _parts(rows[use.name], use, section) for use in uses.values()}
+    if len(parts) > 1:
+        held = {_hash(text) for _, validation in parts.values() for text in validation["text"]}
+        parts = {name: (_without(train, held), validation) for name, (train, validation) in parts.items()}
+    train = {key: _share(parts[use.name][0], use, difficulty) for key, use in uses.items()}
     name = section.tokenizer if tokenizer is None else "the checkpoint's own"
     if tokenizer is None and tokenizer_folder.exists():
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     elif tokenizer is None:
-        tokenizer = make_tokenizer(section.tokenizer, train)
+        own = [train[key] for key in section.shares(section)]
+        tokenizer = make_tokenizer(section.tokenizer, own[0] if len(own) == 1 else datasets.concatenate_datasets(own))
         temporary = tokenizer_folder.with_name(f".{tokenizer_folder.name}.tmp")
         tokenizer.save_pretrained(temporary)
         temporary.rename(tokenizer_folder)
-    train_blocks = pack(train, tokenizer, block_length=sequence_length)
-    validation_blocks = pack(validation, tokenizer, block_length=sequence_length, keep_tail=True)
-    validation_bytes = utf8_bytes(validation)
-    facts |= {
+    blocks = {key: _packed(key, part, tokenizer, block_length=sequence_length) for key, part in train.items()}
+    validation = {name: HeldOut.of(part, tokenizer, block_length=sequence_length) for name, (_, part) in parts.items()}
+    facts = {key: _facts(use, rows[use.name], train[key], blocks[key]) for key, use in uses.items()}
+    whole = {
+        **(next(iter(facts.values())) if len(facts) == 1 else {"source": list(facts), "texts": facts}),
         "tokenizer": name,
         "vocabulary": vocabulary_size(tokenizer),
-        "validation_documents": len(validation),
-        "validation_bytes": validation_bytes,
-        "text_sha256": text_sha256(train, validation),
+        "validation_documents": sum(len(held.documents) for held in validation.values()),
+        "validation_bytes": sum(held.num_bytes for held in validation.values()),
+        "text_sha256": text_sha256(*train.values(), *(held.documents for held in validation.values())),
     }
-    if not section.streaming:
-        facts |= {"training_documents": len(train), "training_text_tokens": len(train_blocks) * (sequence_length - 1)}
-    return TextData(train_blocks, validation, validation_blocks, validation_bytes, tokenizer, facts)
+    return TextData(blocks, validation, tokenizer, whole)
 
 
-def _apart(
-    train: Documents, validation: datasets.Dataset, *, max_bytes: int | None
-) -> tuple[Documents, datasets.Dataset]:
-    """Take every validation text out of the training documents, and the first `max_bytes` of them to validate on."""
-    held = {_hash(text) for text in validation["text"]}
+def _load(use: Use, section: DataSection) -> Documents:
+    source = use.source[0] if len(use.source) == 1 else use.source
+    return load_documents(source, text_column=use.text_column, split=use.split, streaming=section.streaming)
+
+
+def _parts(documents: Documents, use: Use, section: DataSection) -> tuple[Documents, datasets.Dataset]:
+    """Return what a text trains on and what it validates on."""
+    if section.validation_source is None or use not in section.uses(section):
+        return hold_out(documents, fraction=section.validation_fraction, max_bytes=section.validation_bytes)
+    validation = load_documents(section.validation_source, text_column=use.text_column, split=section.validation_split)
+    train = _without(documents, {_hash(text) for text in validation["text"]})
     sizes = np.array([len(text.encode()) for text in validation["text"]])
     with_text = np.flatnonzero(sizes)
-    if max_bytes is not None:
-        with_text = with_text[: max(1, int(np.searchsorted(np.cumsum(sizes[with_text]), max_bytes, side="right")))]
-    validation = validation.select(with_text)
+    if section.validation_bytes is not None:
+        ends = np.cumsum(sizes[with_text])
+        with_text = with_text[: max(1, int(np.searchsorted(ends, section.validation_bytes, side="right")))]
+    return train, validation.select(with_text)
+
+
+def _without(train: Documents, held: set[float]) -> Documents:
+    """Take every text that is held out anywhere out of training documents."""
     if isinstance(train, datasets.IterableDataset):
-        return train.filter(_is_another, fn_kwargs={"held": held}), validation
+        return train.filter(_is_another, fn_kwargs={"held": held})
     train = train.select([i for i, text in enumerate(train["text"]) if text and _hash(text) not in held])
     if not len(train):
-        raise DataError("data.source holds no text that data.validation_source does not: name other documents")
-    return train, validation
+        raise DataError(
+            "every document of data.source is held out by data.validation_source, or by another text: name others"
+        )
+    return train
+
+
+def _share(train: Documents, use: Use, difficulty: Difficulty | None) -> Documents:
+    """Return the documents of a share, in the text's order; at least one."""
+    if use.span == (0, 1) or isinstance(train, datasets.IterableDataset):
+        return train
+    if use.sorted_by is None:
+        ranks = np.array([_hash(f"share {text}") for text in train["text"]])  # the hash itself tells what is held out
+    else:
+        assert difficulty is not None
+        ranks = difficulty(use.sorted_by, train)
+    low, high = (round(bound * len(train)) for bound in use.span)
+    chosen = np.argsort(ranks, kind="stable")[min(low, len(train) - 1) : max(low + 1, high)]
+    return train.select(np.sort(chosen))
+
+
+def _packed(key: str, train: Documents, tokenizer: PreTrainedTokenizerBase, *, block_length: int) -> Documents:
+    try:
+        return pack(train, tokenizer, block_length=block_length)
+    except DataError as error:
+        raise DataError(f"{key!r}: {error}") from error
+
+
+def _facts(use: Use, documents: Documents, train: Documents, blocks: Documents) -> dict[str, Any]:
+    """Say of a text what logs and lineage say; of a stream only where it comes from."""
+    facts: dict[str, Any] = {"source": use.source[0] if len(use.source) == 1 else list(use.source)}
+    if isinstance(documents, datasets.Dataset):
+        facts["rows_without_text"] = sum(not text for text in documents["text"])
+        facts["training_documents"] = len(train)
+        facts["training_text_tokens"] = len(blocks) * (len(blocks[0]["input_ids"]) - 1)
+    return facts
 
 
 def text_sha256(*parts: Documents) -> str:

@@ -20,20 +20,23 @@ from .recipe import Recipe, Stage, TrainingSection
 
 def steps_of(stage: Stage, recipe: Recipe) -> int:
     """Optimizer steps of a stage: its text tokens, rounded up to whole batches."""
-    return math.ceil(stage.text_tokens / (recipe.training.batch_size * recipe.training.sequence_length))
+    return math.ceil(stage.text_tokens / stage.training(recipe.training).tokens_per_step)
 
 
 def learning_rate(recipe: Recipe, stage: int, step: int) -> float:
     """Learning rate of optimizer step `step` (from 0) of stage `stage` (from 0)."""
     t = recipe.training
     steps = [steps_of(s, recipe) for s in recipe.stages]
+    sizes = [s.training(t).tokens_per_step for s in recipe.stages]
     peak = recipe.stages[stage].learning_rate or t.learning_rate
     if t.schedule == "cosine":
         warmup = t.warmup * steps[stage]
         if step < warmup:
             return peak * (step + 1) / (warmup + 1)
         return cosine(peak, step - warmup, max(1.0, steps[stage] - warmup))
-    total, now = sum(steps), sum(steps[:stage]) + step
+    # In steps of this stage, so that shares are of text tokens whatever the sizes of the others' batches.
+    read = [count * size / sizes[stage] for count, size in zip(steps, sizes, strict=True)]
+    total, now = sum(read), sum(read[:stage]) + step
     rise = (now + 1) / (t.warmup * total + 1)
     fall = 1.0 if t.schedule == "constant" else (total - now) / max(1.0, t.decay * total)
     return peak * min(1.0, rise, fall)

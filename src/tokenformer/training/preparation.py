@@ -19,6 +19,7 @@ from ..errors import CheckpointError, GrowthError, RecipeError, TokenizerError
 from ..growth.architectures import frozen_names
 from ..growth.freeze import freeze_only
 from ..growth.grow import grow
+from .difficulty import difficulty
 from .model import ModelSection
 from .recipe import Recipe, TrainingSection, parse_recipe
 
@@ -70,7 +71,14 @@ def prepare_run(recipe: Recipe, run: Path) -> TextData:
     config = read_config(initial) if initial is not None else None
     tokenizer = load_tokenizer(initial, config) if initial is not None and config is not None else None
     length = recipe.training.sequence_length
-    data = prepare(recipe.data, sequence_length=length, tokenizer_folder=run / "tokenizer", tokenizer=tokenizer)
+    data = prepare(
+        recipe.data,
+        sequence_length=length,
+        tokenizer_folder=run / "tokenizer",
+        others=recipe.other_texts,
+        tokenizer=tokenizer,
+        difficulty=difficulty,
+    )
     if config is None:
         config = first_config(recipe.model, data, context=length, where="model")
     if vocabulary_size(data.tokenizer) > config.vocab_size:
@@ -90,6 +98,11 @@ def prepare_run(recipe: Recipe, run: Path) -> TextData:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         for i, stage in enumerate(recipe.stages):
+            if stage.batch_size is not None:
+                try:
+                    training_arguments(stage.training(recipe.training), run, steps=1, seed=recipe.seed)
+                except RecipeError as error:
+                    raise RecipeError(f"stages.{i}: {error}") from error
             try:
                 if stage.growth:
                     grow(model, **stage.growth)
@@ -144,7 +157,7 @@ def training_arguments(t: TrainingSection, output: Path, *, steps: int, seed: in
     micro = t.micro_batch_size or max(1, t.batch_size // count)
     if t.batch_size % (micro * count):
         raise RecipeError(
-            f"training.batch_size {t.batch_size} is not a multiple of micro_batch_size {micro} × {count} "
+            f"batch_size {t.batch_size} is not a multiple of micro_batch_size {micro} × {count} "
             "processes; change one of them"
         )
     ours: dict[str, Any] = {

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..data.text import DataSection
+from ..data.section import DataSection, TextSection, texts_in
 from ..growth.grow import Amount
 from ..sections import Section, parse_sections, read_sections
 from .model import ModelSection
@@ -48,14 +48,14 @@ class StartSection(ModelSection):
 
 
 class TrainingSection(Section):
-    """How to train; the same for all stages."""
+    """How to train; the same for all stages, but for what a stage says itself."""
 
     batch_size: int = Field(16, gt=0)
     """Sequences per optimizer step, over all processes."""
     micro_batch_size: int | None = Field(None, gt=0)
     """Sequences per forward pass and process, where fewer fit in memory. Default: batch_size / processes."""
     sequence_length: int = Field(256, gt=1)
-    """Text tokens per sequence."""
+    """Text tokens per sequence; what validation reads, and the longest that a stage may."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate; a stage may set its own."""
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
@@ -99,12 +99,23 @@ class TrainingSection(Section):
     training_arguments: dict[str, Any] = Field({})
     """Further fields of transformers.TrainingArguments, for example {gradient_checkpointing: true}."""
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Text tokens in an optimizer step."""
+        return self.batch_size * self.sequence_length
+
 
 class Stage(Section):
     """One growth stage: grow (all but the first may), then train."""
 
     text_tokens: int = Field(gt=0)
     """Text tokens to train on in this stage, rounded up to whole optimizer steps."""
+    data: TextSection | None = None
+    """What it reads instead of `data`: a source, or a mixture with weights. It is held out and tokenised alike."""
+    sequence_length: int | None = Field(None, gt=1)
+    """Text tokens per sequence in this stage, a divisor of training.sequence_length, which is the default."""
+    batch_size: int | None = Field(None, gt=0)
+    """Sequences per optimizer step in this stage. Default: training.batch_size."""
     preset: str | None = None
     """Grow to the parameter tokens and depth of this preset before training."""
     qkv_param_tokens: Amount | None = None
@@ -127,6 +138,11 @@ class Stage(Section):
     nested_dropout: float | None = Field(None, gt=0, le=1)
     """Train prefixes as well, so that slices of the model are good: in every step only a random share of each group's
     first parameter tokens takes part, between this and 1."""
+
+    def training(self, all_stages: TrainingSection) -> TrainingSection:
+        """Return how this stage trains."""
+        own = self.model_dump(include={"sequence_length", "batch_size"}, exclude_none=True)
+        return all_stages.model_copy(update=own)
 
     @property
     def growth(self) -> dict[str, Any]:
@@ -159,6 +175,31 @@ class Recipe(Section):
             if stage.group is not None and not stage.growth:
                 raise ValueError(f"stages.{i} names group {stage.group!r} but adds no parameter tokens")
         return self
+
+    @model_validator(mode="after")
+    def _stages_read_one_set_of_texts(self) -> Recipe:
+        for i, stage in enumerate(self.stages):
+            check_length(stage.sequence_length, self.training, self.data, where=f"stages.{i}")
+        texts_in(self.data, self.other_texts)
+        return self
+
+    @property
+    def other_texts(self) -> list[TextSection]:
+        """What stages read in place of `data`."""
+        return [stage.data for stage in self.stages if stage.data is not None]
+
+
+def check_length(length: int | None, training: TrainingSection, data: DataSection, *, where: str) -> None:
+    """Raise ValueError where a stage's sequences are no pieces of a text block; None is a whole one."""
+    if length is None or length == training.sequence_length:
+        return
+    if training.sequence_length % length:
+        raise ValueError(
+            f"{where}.sequence_length is {length}, which does not divide training.sequence_length, "
+            f"{training.sequence_length}: text blocks have that length and are cut into pieces; take a divisor"
+        )
+    if data.streaming:
+        raise ValueError(f"{where}.sequence_length is {length}; data.streaming goes with one sequence_length")
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ..data.order import Reading
 from .optimization import learning_rate, steps_of
 from .recipe import Recipe, TrainingSection
 
@@ -20,8 +21,7 @@ class StageSettings:
         steps: optimizer steps.
         rate: learning rate of each step, from 0.
         seed: of the order of the text, and of all else that is random in training.
-        skipped: sequences of the one global order of text that earlier stages have read.
-        streaming: the text is a stream.
+        reading: what it reads, of which texts.
         number: of the stage in the log, from 1.
         growth: keyword arguments for `grow`; empty where the stage does not grow.
         frozen: what does not train. None: what the checkpoint has frozen.
@@ -35,8 +35,7 @@ class StageSettings:
     steps: int
     rate: Callable[[int], float]
     seed: int
-    skipped: int
-    streaming: bool = False
+    reading: Reading
     number: int = 1
     growth: dict[str, Any] = field(default_factory=dict)
     frozen: list[str] | None = None
@@ -48,19 +47,18 @@ class StageSettings:
     @property
     def tokens_per_step(self) -> int:
         """Text tokens in an optimizer step."""
-        return self.training.batch_size * self.training.sequence_length
+        return self.training.tokens_per_step
 
 
 def stage_settings(recipe: Recipe, index: int) -> StageSettings:
     """Return what stage `index` (from 0) of a recipe says."""
     stage = recipe.stages[index]
     return StageSettings(
-        training=recipe.training,
+        training=stage.training(recipe.training),
         steps=steps_of(stage, recipe),
         rate=partial(learning_rate, recipe, index),
         seed=recipe.seed,
-        skipped=recipe.training.batch_size * sum(steps_of(s, recipe) for s in recipe.stages[:index]),
-        streaming=recipe.data.streaming,
+        reading=reading(recipe, index),
         number=index + 1,
         growth=stage.growth,
         frozen=stage.frozen,
@@ -68,4 +66,16 @@ def stage_settings(recipe: Recipe, index: int) -> StageSettings:
         weights_seed=recipe.seed * 1000 + index,
         arguments={"stage": index + 1},
         recipe=recipe.model_dump(exclude_unset=True),
+    )
+
+
+def reading(recipe: Recipe, index: int) -> Reading:
+    """Return what stage `index` (from 0) reads: it goes on in each text where the stages before it have stopped."""
+    stage, before = recipe.stages[index], reading(recipe, index - 1).after() if index else {}
+    training = stage.training(recipe.training)
+    return Reading(
+        sequences=training.batch_size * steps_of(stage, recipe),
+        shares=(stage.data or recipe.data).shares(recipe.data),
+        skipped=before,
+        pieces=recipe.training.sequence_length // training.sequence_length,
     )

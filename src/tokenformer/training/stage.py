@@ -20,7 +20,7 @@ from ..checkpoints.files import disk_errors
 from ..checkpoints.lineage import Lineage
 from ..checkpoints.optimizer import OPTIMIZER_FILE, OptimizerState
 from ..checkpoints.verify import carry_files
-from ..data.blocks import training_order
+from ..data.order import cut
 from ..data.text import TextData
 from ..growth.architectures import group_names
 from ..growth.freeze import freeze_only
@@ -92,7 +92,8 @@ def run_stage(
         watcher.emit("damaged", done, problem=problem)
     if growth and not done:
         watcher.emit("growth", 0, **growth)
-    watcher.emit("stage", 0, steps=settings.steps, done=done, parameters=cost.parameters(model.config))
+    reads = _reads(settings, data)
+    watcher.emit("stage", 0, steps=settings.steps, done=done, parameters=cost.parameters(model.config), reads=reads)
     with watcher.interruptible(), disk_errors(place):
         trainer.train(resume_from_checkpoint=str(state) if state else None)
     if watcher.interrupted:
@@ -105,7 +106,7 @@ def run_stage(
         "train",
         arguments=settings.arguments,
         recipe=settings.recipe,
-        data=data.facts,
+        data={**data.facts, "reads": reads},
         seed=settings.seed,
         training_seconds=watcher.seconds,
         **watcher.totals(settings.steps),
@@ -135,7 +136,7 @@ def _grow(
 ) -> tuple[OptimizerState, dict[str, Any]]:
     """Grow, rename the optimizer's states along, and say what it did to the logits and, where asked, to the loss."""
     before = validate(model.eval(), data, settings.training).loss if measured else None
-    sample = next(batches(data.validation_blocks, 4)).to(model.device)
+    sample = next(batches(next(iter(data.validation.values())).blocks, 4)).to(model.device)
     with torch.no_grad():
         logits = model(sample, use_cache=False).logits
         states = grow_with_states(model, states, **settings.growth)
@@ -152,11 +153,25 @@ def _grow(
 
 def _blocks(settings: StageSettings, data: TextData) -> datasets.IterableDataset | Subset[dict[str, list[int]]]:
     """Take the stage's stretch of the one global order of text."""
-    count = settings.training.batch_size * settings.steps
-    if settings.streaming:
-        return data.train_blocks.repeat(None).skip(settings.skipped).take(count)
-    order = training_order(len(data.train_blocks), settings.skipped, count, seed=settings.seed)
-    return Subset(data.train_blocks, order.tolist())
+    reading = settings.reading
+    texts = {text: data.train_blocks[text] for text in reading.shares}
+    for text, blocks in texts.items():
+        if isinstance(blocks, datasets.IterableDataset):  # then it is the only one
+            return blocks.repeat(None).skip(reading.skipped.get(text, 0)).take(reading.sequences)
+    order = reading.order({text: len(blocks) for text, blocks in texts.items()}, seed=settings.seed)
+    parts = [cut(blocks, reading.pieces) for blocks in texts.values()]
+    return Subset(parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts), order.tolist())
+
+
+def _reads(settings: StageSettings, data: TextData) -> dict[str, dict[str, float]]:
+    """Say what share of the stage each text is, and how many times over it is read; of a stream nobody knows."""
+    reading, blocks = settings.reading, data.train_blocks
+    sizes = {text: len(blocks[text]) for text in reading.shares if isinstance(blocks[text], datasets.Dataset)}
+    passes = reading.passes(sizes) if sizes else {}
+    return {
+        text: {"share": share, **({"passes": passes[text]} if text in passes else {})}
+        for text, share in reading.shares.items()
+    }
 
 
 def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

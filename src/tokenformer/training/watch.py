@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,36 @@ from .recipe import TrainingSection
 from .settings import StageSettings
 
 
-def validate(model: PreTrainedModel, data: TextData, training: TrainingSection) -> Evaluation:
+@dataclass(frozen=True)
+class Validation(Evaluation):
+    """What validation measured on all held-out text together.
+
+    Attributes:
+        texts: on that of each text, by its name.
+    """
+
+    texts: dict[str, Evaluation]
+
+
+def validate(model: PreTrainedModel, data: TextData, training: TrainingSection) -> Validation:
     """Measure a model on the held-out text, as precisely as it trains."""
-    return evaluate(
-        model,
-        data.validation_blocks,
-        num_bytes=data.validation_bytes,
-        batch_size=training.micro_batch_size or 16,
-        dtype=torch.bfloat16 if use_bfloat16(training.precision) else None,
-    )
+    texts = {
+        name: evaluate(
+            model,
+            held.blocks,
+            num_bytes=held.num_bytes,
+            batch_size=training.micro_batch_size or 16,
+            dtype=torch.bfloat16 if use_bfloat16(training.precision) else None,
+        )
+        for name, held in data.validation.items()
+    }
+    if len(texts) == 1:
+        (only,) = texts.values()
+        return Validation(only.loss, only.bits_per_byte, only.text_tokens, texts)
+    count = sum(found.text_tokens for found in texts.values())
+    loss = sum(found.loss * found.text_tokens for found in texts.values()) / count
+    num_bytes = sum(held.num_bytes for held in data.validation.values())
+    return Validation(loss, loss * count / math.log(2) / num_bytes, count, texts)
 
 
 class Watcher(TrainerCallback):
@@ -68,7 +91,7 @@ class Watcher(TrainerCallback):
         self.flops_per_step = flops_per_step
         evaluations = settings.training.evaluations_per_stage
         self.evaluation_steps = {round(settings.steps / evaluations * (i + 1)) for i in range(evaluations)}
-        self.evaluation: Evaluation | None = None
+        self.evaluation: Validation | None = None
         self.interrupted = self.diverged = False
         self._seconds = seconds
         self._began: float | None = None
@@ -126,7 +149,7 @@ class Watcher(TrainerCallback):
             assert self._began is not None
             self._began += time.perf_counter() - started
             due = control.should_log  # logging the validation would take the training loss's turn
-            self.trainer.log({"eval_loss": self.evaluation.loss, "eval_bits_per_byte": self.evaluation.bits_per_byte})
+            self.trainer.log({f"eval_{name}": value for name, value in _flat(self.evaluation).items()})
             control.should_log = due
         if self._any_interrupted():
             control.should_save = control.should_training_stop = True
@@ -170,6 +193,18 @@ class Watcher(TrainerCallback):
             signal.signal(signal.SIGINT, old)
 
 
-def results(evaluation: Evaluation) -> dict[str, float | None]:
-    """Say of an evaluation what events and lineage say."""
-    return {"loss": finite(evaluation.loss), "bits_per_byte": finite(evaluation.bits_per_byte)}
+def results(validation: Validation) -> dict[str, Any]:
+    """Say of a validation what events and lineage say."""
+    each = {name: finite(found.bits_per_byte) for name, found in validation.texts.items()}
+    return {
+        "loss": finite(validation.loss),
+        "bits_per_byte": finite(validation.bits_per_byte),
+        **({"bits_per_byte_of": each} if len(each) > 1 else {}),
+    }
+
+
+def _flat(validation: Validation) -> dict[str, float]:
+    """Say of a validation what loggers take: numbers by name."""
+    each = {f"bits_per_byte_of_{name}": found.bits_per_byte for name, found in validation.texts.items()}
+    both = {"loss": validation.loss, "bits_per_byte": validation.bits_per_byte}
+    return {**both, **(each if len(each) > 1 else {})}
