@@ -152,6 +152,23 @@ def test_zero_last_maps_silence_a_block(name):
 
 
 @every_model
+@torch.no_grad()
+def test_a_row_names_what_a_block_adds_to_the_stream(name):
+    model, row = whole(name), ARCHITECTURES[CONFIGS[name].model_type]
+    seen, block = {}, model.base_model.get_submodule(row.blocks)[1]
+    for part in row.adds or row.last:
+        block.get_submodule(part).register_forward_hook(lambda module, inputs, out, part=part: seen.update({part: out}))
+    block.register_forward_pre_hook(lambda module, inputs, kwargs: seen.update(before=inputs[0]), with_kwargs=True)
+    block.register_forward_hook(
+        lambda module, inputs, out: seen.update(after=out[0] if isinstance(out, tuple) else out)
+    )
+    model(tokens())
+    before, after = seen.pop("before"), seen.pop("after")
+    if getattr(model.config, "do_layer_norm_before", True):
+        close(after.view_as(before) - before, sum(out.view_as(before) for out in seen.values()))
+
+
+@every_model
 def test_growth_changes_no_bit_and_drop_gives_the_original_back(name):
     model = whole(name)
     state, config = {k: v.clone() for k, v in model.state_dict().items()}, model.config.to_dict()

@@ -147,6 +147,8 @@ def _key(line: Line) -> Any:
     """Return what makes a line another than those there."""
     if line["event"] == "segment":
         return "segment", line["id"]
+    if line["event"] == "initial":
+        return "initial", line["arm"]
     if line["event"] == "run":
         return "run", *(line[field] for field in ("arm", "seed", "learning_rate", "budget", "purpose"))
     return "recipe", json.dumps([line["recipe"], line.get("text", {}).get("text_sha256")], sort_keys=True)

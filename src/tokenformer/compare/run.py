@@ -38,7 +38,7 @@ from .arms import Run, Segment, final_runs, segments
 from .methods import grow_by
 from .recipe import CompareRecipe
 from .results import Line, Results
-from .segment import Text, train_segment
+from .segment import Text, initial_line, train_segment
 from .tuning import known_runs
 
 _PAUSE = 0.5  # seconds between looks for work, where others hold all there is
@@ -172,6 +172,8 @@ def work(recipe: CompareRecipe, folder: Path, arms: Sequence[str]) -> None:
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
     results, text = Results(folder), load_text(recipe, folder)
+    measured = {line["arm"] for line in results.lines() if line["event"] == "initial"}
+    results.add(*(initial_line(recipe, arm, text) for arm in arms if arm not in measured))
     while needed := _unfinished(recipe, arms, _with_runs(recipe, arms, results), folder / "segments"):
         if not any(_train_unless_held(segment, results, text, folder / "segments") for segment in needed):
             time.sleep(_PAUSE)

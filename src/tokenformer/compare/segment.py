@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .. import cost
@@ -31,7 +32,9 @@ from ..training.watch import validate
 from .arms import Segment
 from .budgets import cost_per_step, flops_per_step, steps_within
 from .methods import grow_by
+from .recipe import CompareRecipe
 from .results import Line
+from .scales import initial_scales
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,23 @@ def train_segment(segment: Segment, parent: Line | None, text: Text, folder: Pat
     }
 
 
-def first_model(segment: Segment, text: Text, training: TrainingSection) -> PreTrainedModel:
+def first_model(recipe: CompareRecipe, arm: str, text: Text) -> PreTrainedModel:
     """Make the model an arm begins with, of random weights."""
-    model, where = segment.recipe.arms[segment.arm].model, f"arms.{segment.arm}.model"
-    config = first_config(model, text.report, context=segment.recipe.training.sequence_length, where=where)
+    model, where = recipe.arms[arm].model, f"arms.{arm}.model"
+    config = first_config(model, text.report, context=recipe.training.sequence_length, where=where)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def initial_line(recipe: CompareRecipe, arm: str, text: Text) -> Line:
+    """Return the line for the results on the scales of an arm's first model, drawn with the first seed."""
+    torch.manual_seed(recipe.seeds[0])
+    blocks = initial_scales(first_model(recipe, arm, text), _sample(text))
+    return {"event": "initial", "arm": arm, "seed": recipe.seeds[0], "blocks": blocks}
+
+
+def _sample(text: Text) -> Tensor:
+    """Return some held-out text, `[4, T]`."""
+    return next(batches(next(iter(text.report.validation.values())).blocks, 4))
 
 
 def _previous(
@@ -113,7 +128,7 @@ def _previous(
 ) -> tuple[PreTrainedModel, OptimizerState, Lineage]:
     torch.manual_seed(segment.seed)
     if segment.parent is None:
-        return first_model(segment, text, training), {}, Lineage()
+        return first_model(segment.recipe, segment.arm, text), {}, Lineage()
     checkpoint = folder / segment.parent.id / "checkpoint"
     model, _, lineage = load_checkpoint(checkpoint, dtype=torch.float32)
     keep = training.keep_optimizer_state or segment.growth is None
@@ -125,7 +140,7 @@ def _grow(
 ) -> tuple[PreTrainedModel, OptimizerState, Line]:
     """Grow, and say what it did to size, loss and logits."""
     assert segment.growth is not None
-    sample = next(batches(next(iter(text.report.validation.values())).blocks, 4))
+    sample = _sample(text)
     before, parameters = _evaluate(model, text.report, training), cost.parameters(model.config)
     with torch.no_grad():
         logits = model.eval()(sample, use_cache=False).logits

@@ -91,6 +91,7 @@ _GATED = Architecture(
     maps=mlp_maps(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
     last=("self_attn.o_proj", "mlp.down_proj"),
 )
+_NORMED = replace(_GATED, adds=("post_attention_layernorm", "post_feedforward_layernorm"))
 ARCHITECTURES: dict[str, Architecture] = {
     "tokenformer": Architecture(
         prefix="model",
@@ -106,8 +107,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": _GATED,
     "qwen3": _GATED,
     "gemma": _GATED,
-    "gemma2": _GATED,
-    "gemma3_text": _GATED,
+    "gemma2": _NORMED,
+    "gemma3_text": _NORMED,
     "phi3": replace(
         _GATED,
         maps=mlp_maps(

@@ -83,6 +83,8 @@ class Architecture:
         counts: configuration field that counts the parameter tokens of each projection.
         maps: those of a block that have parameter tokens.
         last: modules whose outputs are all that a block adds to the residual stream.
+        adds: modules whose outputs a block adds to the residual stream, attention's and the feed-forward's, where these
+            are not those of `last`.
         stored: tensors that have another name in files, and that name.
         open_count: parameter tokens where the configuration leaves their number open, in multiples of the width.
         why_not_deeper: says of a configuration why a block cannot be inserted without changing the outputs; None where
@@ -96,6 +98,7 @@ class Architecture:
     counts: Mapping[str, str]
     maps: tuple[TokenMap, ...]
     last: tuple[str, ...]
+    adds: tuple[str, ...] = ()
     stored: Mapping[str, str] = field(default_factory=dict)
     open_count: int = 4
     why_not_deeper: Callable[[PreTrainedConfig], str | None] = lambda config: None
