@@ -84,6 +84,14 @@ def test_no_backward_runs_below_the_lowest_part_that_trains(kind, bottom):
     assert stated < 0.9 * whole
 
 
+def test_the_heads_share_is_that_of_its_products():
+    config = tiny("paper").config
+    with FlopCounterMode(display=False) as whole:
+        tiny("paper", attention="eager")(tokens(1, 48), use_cache=False)
+    head = 2 * 48 * config.vocab_size * config.hidden_size
+    assert cost.head_share(config, 48) == pytest.approx(head / whole.get_total_flops())
+
+
 def test_forward_flops_are_the_papers_formula():
     config = tiny().config
     n = cost.parameters(config) - 2 * config.hidden_size

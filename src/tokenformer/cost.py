@@ -59,6 +59,11 @@ def forward_flops(config: PreTrainedConfig, context: int) -> float:
     return 2.0 * matrix_parameters(config) + config.num_hidden_layers * _attention_flops(config, context)
 
 
+def head_share(config: PreTrainedConfig, context: int) -> float:
+    """Share of a pass's FLOPs that the output head takes, over `context` text tokens."""
+    return 2.0 * config.vocab_size * config.hidden_size / forward_flops(config, context)
+
+
 def training_flops(config: PreTrainedConfig, context: int) -> float:
     """FLOPs per text token of forward and backward where all of a model trains: three forward passes."""
     return 3.0 * forward_flops(config, context)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
 from tokenformer import cost
 from tokenformer.compare.accounting import saving
@@ -249,8 +250,9 @@ def test_same_lines_give_the_same_bytes(tmp_path):
 
 def test_answers_in_words(written):
     text = (written / "report.md").read_text()
-    assert "the largest budget, ffn grown exactly, which grows, is the best of 16 arms" in text
-    assert re.search(r"ffn grown exactly is better than gpt-neox scratch by 0\.\d{4} ± 0\.\d{4} bits per byte", text)
+    assert "the largest budget, ffn grown exactly, which grows, comes out first of 16 arms" in text
+    ahead = r"ffn grown exactly is ahead of gpt-neox scratch in this first look, by 0\.\d{4} ± 0\.\d{4} bits per byte"
+    assert re.search(ahead, text)
     assert "The largest learning rate that was tried is the best for gpt-neox scratch (0.004): a larger one" in text
     assert "Tuning is not finished for gpt-neox scratch; `tokenformer compare`" in text.replace("\\", "")
     assert "before these arms had grown for the last time: gpt-neox hyperclone, gpt-neox stack, gpt-neox random" in text
@@ -300,8 +302,6 @@ def test_tables_hold_the_means_of_the_lines(written):
 
 
 def test_attention_is_what_cost_says(written):
-    from transformers import AutoConfig
-
     config = AutoConfig.for_model(**run("tokenformer scratch", 0, BUDGETS[0])["config"])
     part = 4 * SMALL["num_hidden_layers"] * SMALL["hidden_size"] * 4096
     share = part / cost.forward_flops(config, 4096)
@@ -368,15 +368,97 @@ def test_arms_that_train_with_dropout_are_named(tmp_path, unrendered, changes, t
     assert told is None or f"{SCRATCH} (resid_pdrop 0.1, embd_pdrop 0.1, {told})." in text
 
 
-@pytest.mark.parametrize("text_tokens", [1_200_000, 4_800_000])
-def test_little_text_for_each_parameter_is_called_a_first_look(tmp_path, unrendered, text_tokens):
-    lines = [
-        {**line, "text_tokens": text_tokens, "parameters": 240_000} if line["event"] == "run" else line
-        for line in comparison(THREE[:2], budgets=BUDGETS[:1])
+def sound(lines):
+    """The same comparison under conditions that make it a claim."""
+    arms = list(lines[0]["recipe"]["arms"])
+    scales = [{"stream": 1.0, "attention": 0.5, "feed_forward": 2.0}]
+    initial = [{"event": "initial", "arm": arm, "seed": 0, "blocks": scales} for arm in arms]
+    beyond = [run(SCRATCH, 0, BUDGETS[0], 8e-3, "tuning")] if SCRATCH in arms else []
+    runs = [{**line, "text_tokens": 10**9} if line["event"] == "run" else line for line in [*lines, *beyond]]
+    return runs + initial
+
+
+def little_text(lines):
+    return [{**line, "text_tokens": 19 * 60_000} if line.get("arm") == TRAINED_ON else line for line in lines]
+
+
+def rate_at_the_end(lines):
+    return [line for line in lines if line.get("learning_rate") != 8e-3]
+
+
+def unmeasured(lines):
+    return [line for line in lines if line["event"] != "initial" or line["arm"] != WIDENED]
+
+
+def drowned(lines):
+    flood = [{"stream": 0.02, "attention": 0.5, "feed_forward": 0.01}]
+    return [
+        {**line, "blocks": flood} if line["event"] == "initial" and line["arm"] == SCRATCH else line for line in lines
     ]
-    text = write_report(lines, tmp_path).with_suffix(".md").read_text()
-    assert ("first look: arms read 5 text tokens a parameter, where" in text) == (text_tokens < 20 * 240_000)
-    assert "the learning rate of 1 of 2 arms lies at the end of the grid." in text
+
+
+def words(folder, lines):
+    """What a reader of the two pages sees, pictures' descriptions and chart included."""
+    path = write_report(lines, folder)
+    page = Page(path.read_text(encoding="utf-8"))
+    return " ".join([*page.text, page.scripts[-1], path.with_suffix(".md").read_text(encoding="utf-8")])
+
+
+def test_a_claim_says_better_and_worse(tmp_path, unrendered):
+    text = words(tmp_path, sound(comparison(THREE, budgets=BUDGETS[-1:])))
+    assert f"{WIDENED}, which grows, is the best of 3 arms" in text
+    assert f"{WIDENED} is better than {SCRATCH} by" in text
+    assert "first look" not in text and "ahead" not in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (little_text, "text tokens a parameter, where a claim about quality needs 20 or more"),
+        (rate_at_the_end, "the learning rates of 1 of 3 arms lie at the end of those that were tried"),
+        (unmeasured, "the initial scales of 1 of 3 arms were not measured"),
+        (drowned, "parts of 1 of 3 arms drown the others at initialisation"),
+    ],
+)
+def test_a_first_look_says_neither_better_nor_worse_anywhere(tmp_path, unrendered, changed, reason):
+    seeds = (0,) if changed is drowned else (0, 1, 2)
+    text = words(tmp_path, changed(sound(comparison(THREE, seeds=seeds, budgets=BUDGETS[-2:]))))
+    assert re.search(rf"This is a first look: [^.]*{reason}", text)
+    assert "in this first look, by" in text
+    assert not re.search("better|worse", text, flags=re.I)
+
+
+def test_a_smaller_budget_with_little_text_is_a_first_look_beside_a_claim(tmp_path, unrendered):
+    lines = [
+        {**line, "text_tokens": 10_000} if line["event"] == "run" and line["budget"] == BUDGETS[0] else line
+        for line in sound(comparison(THREE, budgets=BUDGETS[:2]))
+    ]
+    findings = Findings.of(lines)
+    assert findings.doubts(BUDGETS[0]) and not findings.doubts(BUDGETS[1])
+    kinds = [{contrast.verdict.kind for contrast in findings.contrasts(b, SCRATCH).values()} for b in BUDGETS[:2]]
+    assert all(re.search("ahead|behind", kind) for kind in kinds[0])
+    assert all(re.search("better|worse", kind) for kind in kinds[1])
+
+
+def test_what_results_rest_on_is_tabulated(tmp_path, unrendered):
+    lines = drowned(sound(comparison(THREE, budgets=BUDGETS[-1:])))
+    path = write_report(lines, tmp_path)
+    text = path.with_suffix(".md").read_text(encoding="utf-8")
+    config = AutoConfig.for_model(**run(SCRATCH, 0, BUDGETS[0])["config"])
+    outside, share = cost.block_parameters(config), cost.head_share(config, 128)
+    row = f"| {SCRATCH} | 240,000 | {outside:,} | 4,167 | {1e9 / outside:,.0f} | {share:.1%} | 0.02 | 25 | 0.5 |"
+    assert row in text
+    assert f"| {SCRATCH} | 1 | 0.02 | 0.5 | 0.01 |" in text
+    assert share < 0.15 and f"{SCRATCH} ({share:.0%})" not in text
+    small = cost.head_share(AutoConfig.for_model(**run(TRAINED_ON, 0, BUDGETS[0])["config"]), 128)
+    assert f"more than 15% of the training FLOPs of {TRAINED_ON} ({small:.0%}): these" in text
+    assert f"{SCRATCH} (the attention of block 1 adds 25 × the stream it is added to)." in text
+
+
+@pytest.mark.parametrize(("budgets", "short"), [(BUDGETS, True), ([1e11, 2e11, 3.2e12], False)])
+def test_short_curves_are_called_short(tmp_path, unrendered, budgets, short):
+    text = words(tmp_path, comparison(THREE[:2], budgets=budgets))
+    assert ("The curves are short: budgets span a factor of 8, and" in text) == short
 
 
 def test_what_was_added_and_where_is_told(tmp_path, unrendered):

@@ -1,4 +1,5 @@
 import math
+import re
 from itertools import combinations
 
 import numpy as np
@@ -87,7 +88,7 @@ def test_swapping_arms_negates(values):
     there, back = paired_difference(a, b, confidence=0.95), paired_difference(b, a, confidence=0.95)
     assert (back.mean, back.half_width, back.p) == (-there.mean, there.half_width, there.p)
     kinds = [
-        verdict("A", "B", d, p=d.p, threshold=0.01, confidence=0.95).kind.replace("worse", "better")
+        verdict("A", "B", d, p=d.p, threshold=0.01, confidence=0.95, claim=True).kind.replace("worse", "better")
         for d in (there, back)
     ]
     assert kinds[0] == kinds[1]
@@ -130,14 +131,38 @@ def test_holm_keeps_false_findings_rare():
 )  # fmt: skip
 def test_verdicts(mean, half_width, p, kind, sentence):
     seeds = 1 if half_width is None else 3
-    got = verdict("A", "B", Estimate(mean, half_width, p, seeds), p=p, threshold=0.01, confidence=0.95)
+    difference = Estimate(mean, half_width, p, seeds)
+    got = verdict("A", "B", difference, p=p, threshold=0.01, confidence=0.95, claim=True)
     assert got.kind == kind
     assert sentence in got.sentence
+    look = verdict("A", "B", difference, p=p, threshold=0.01, confidence=0.95, claim=False)
+    assert look.kind == kind.replace("better", "ahead").replace("worse", "behind")
+    assert not re.search("better|worse", look.sentence)
+
+
+@pytest.mark.parametrize(
+    ("mean", "half_width", "p", "sentence"),
+    [
+        (-0.03, 0.004, 0.001, "A is ahead of B in this first look, by 0.0300 ± 0.0040 bits per byte"),
+        (0.03, 0.004, 0.001, "A is behind B in this first look, by 0.0300 ± 0.0040 bits per byte"),
+        (
+            0.03,
+            0.02,
+            0.2,
+            "A is perhaps behind B in this first look, by 0.0300 ± 0.0200 bits per byte: not significant",
+        ),
+        (-0.03, None, None, "A came out ahead of B in this first look, by 0.0300 bits per byte"),
+    ],
+)
+def test_words_of_a_first_look(mean, half_width, p, sentence):
+    difference = Estimate(mean, half_width, p, 3)
+    assert sentence in verdict("A", "B", difference, p=p, threshold=0.01, confidence=0.95, claim=False).sentence
 
 
 def test_no_seed_in_common():
     difference = paired_difference({0: 1.0}, {1: 1.0}, confidence=0.95)
-    assert "no seed in common" in verdict("A", "B", difference, p=None, threshold=0.01, confidence=0.95).sentence
+    found = verdict("A", "B", difference, p=None, threshold=0.01, confidence=0.95, claim=True)
+    assert "no seed in common" in found.sentence
     assert str(difference) == "–"
 
 

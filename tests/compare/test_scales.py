@@ -4,7 +4,7 @@ import pytest
 import torch
 from comparisons import TOKENS, comparison, parsed
 from tiny_models import SIZES, tokens
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, NanoChatConfig
 
 from tokenformer import TokenformerConfig
 from tokenformer.compare.results import Results, read_results
@@ -16,13 +16,9 @@ KNOWN = {**SIZES, "num_hidden_layers": 2}
 PUBLISHED = {"qkv_param_tokens": 64, "output_param_tokens": 64, "ffn_param_tokens": 256}
 
 
-def drawn(config, *, embedding=1.0):
-    """A model as it is drawn, its embedding then made larger."""
+def drawn(config):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(embedding)
-    return model
+    return AutoModelForCausalLM.from_config(config)
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -37,9 +33,12 @@ def test_published_scales_drown_the_embedding_of_a_small_model(parallel):
     assert all(relative(blocks[1], part) < 2 for part in ("attention", "feed_forward"))  # nothing is left to drown
 
 
-def test_an_embedding_of_size_one_is_not_drowned():
-    blocks = initial_scales(drawn(TokenformerConfig(**KNOWN, **PUBLISHED), embedding=50.0), tokens())
-    assert blocks[0]["stream"] == pytest.approx(1.0, rel=0.1)
+@pytest.mark.parametrize(
+    ("changes", "stream"), [({"use_embedding_norm": True}, 1.0), ({"output_initializer_range": 0.0}, 0.02)]
+)
+def test_normalised_embeddings_and_silent_outputs_drown_nothing(changes, stream):
+    blocks = initial_scales(drawn(TokenformerConfig(**KNOWN, **PUBLISHED, **changes)), tokens())
+    assert blocks[0]["stream"] == pytest.approx(stream, rel=0.1)
     assert drowned(blocks) == []
 
 
@@ -49,21 +48,22 @@ def test_an_embedding_of_size_one_is_not_drowned():
         GPTNeoXConfig(**KNOWN, intermediate_size=256),
         GPTNeoXConfig(**KNOWN, intermediate_size=256, use_parallel_residual=False),
         LlamaConfig(**KNOWN, intermediate_size=176),
+        NanoChatConfig(**KNOWN, intermediate_size=256),
         GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64),
     ],
-    ids=["gpt_neox", "gpt_neox-sequential", "llama", "gpt2"],
+    ids=["gpt_neox", "gpt_neox-sequential", "llama", "nanochat", "gpt2"],
 )
 def test_a_planted_drowning_is_found_in_an_ordinary_transformer(config):
     model = drawn(config)
     sound = initial_scales(model, tokens())
     assert drowned(sound) == []
-    names = {"gpt_neox": "attention.dense", "llama": "self_attn.o_proj", "gpt2": "attn.c_proj"}
+    names = {"gpt_neox": "attention.dense", "gpt2": "attn.c_proj"}
     blocks = model.base_model.get_submodule("h" if config.model_type == "gpt2" else "layers")
     with torch.no_grad():
-        blocks[1].get_submodule(names[config.model_type]).weight.mul_(1000)
+        blocks[1].get_submodule(names.get(config.model_type, "self_attn.o_proj")).weight.mul_(1e5)
     planted = initial_scales(model, tokens())
     assert planted[0] == sound[0]
-    assert planted[1]["attention"] == pytest.approx(1000 * sound[1]["attention"], rel=1e-3)
+    assert planted[1]["attention"] == pytest.approx(1e5 * sound[1]["attention"], rel=1e-3)
     [told] = [text for text in drowned(planted) if "attention" in text]
     assert told.startswith("the attention of block 2 adds ")
 

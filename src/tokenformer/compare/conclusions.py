@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from ..units import counted
 from .accounting import accounts
 from .arms import Run, segments
+from .conditions import warnings
 from .findings import Contrast, Findings
 from .page import Bullets, Element, Folded, Heading, Paragraph, Table, scientific
 from .recipe import CompareRecipe
@@ -17,20 +18,24 @@ from .recipe import CompareRecipe
 # Kinds of verdict in the order they are told, and how they are said of several arms at once.
 _SAID = {
     "better": "Better than {0}",
+    "ahead": "Ahead of {0} in this first look",
     "slightly better": "Better than {0}, but by less than matters",
+    "slightly ahead": "Ahead of {0} in this first look, but by less than matters",
     "equivalent": "No difference to {0} that matters",
     "same": "The same as {0} to the last bit",
     "perhaps better": "Perhaps better than {0}, but not significant after Holm's correction",
+    "perhaps ahead": "Perhaps ahead of {0} in this first look, but not significant after Holm's correction",
     "cannot tell": "Cannot be told from {0}",
     "perhaps worse": "Perhaps worse than {0}, but not significant after Holm's correction",
+    "perhaps behind": "Perhaps behind {0} in this first look, but not significant after Holm's correction",
     "slightly worse": "Worse than {0}, but by less than matters",
+    "slightly behind": "Behind {0} in this first look, but by less than matters",
     "worse": "Worse than {0}",
+    "behind": "Behind {0} in this first look",
     "no interval": "Fewer than two seeds in common with {0}, so no interval",
 }
 # Dropout of heads that a language model does not have.
 _HEADS = ("classifier_dropout", "summary_first_dropout")
-# Text tokens a parameter from which on a result may be a claim about quality.
-_ENOUGH_TEXT = 20
 
 
 def answer(findings: Findings) -> Iterator[Element]:
@@ -61,7 +66,7 @@ def answer(findings: Findings) -> Iterator[Element]:
 
 
 def verdicts(findings: Findings) -> Iterator[Element]:
-    """Say at every budget who is better than the reference and the best, and whether growing is."""
+    """Say at every budget how arms stand to the reference and to the best, and whether growing helps."""
     yield Heading("Verdicts")
     yield from _growing(findings)
     reference = findings.recipe.rules.reference
@@ -83,6 +88,7 @@ def limits(findings: Findings) -> Iterator[Element]:
             *findings.missing(),
             *_statistics(findings),
             *_tuning(findings),
+            *warnings(findings),
             *_dropout(findings),
             _scope(findings),
         ]
@@ -97,14 +103,14 @@ def headline(findings: Findings) -> str:
 def _sentences(findings: Findings) -> Iterator[str]:
     budget, reference = findings.last, findings.recipe.rules.reference
     ranking = findings.ranking(budget)
-    best, against = ranking[0], findings.contrasts(budget, reference)
+    best, against, doubts = ranking[0], findings.contrasts(budget, reference), findings.doubts(budget)
     if findings.missing():
         yield "Some runs are missing or diverged; they are listed below."
     some = any(findings.grown(arm) for arm in findings.arms)
     grows = f", which {'grows' if findings.grown(best) else 'never grows'}," if some else ""
     which = "the largest budget" if budget == findings.budgets[-1] else "the largest budget that all arms have reached"
     yield (
-        f"At {findings.at(budget)}, {which}, {best}{grows} is the best of "
+        f"At {findings.at(budget)}, {which}, {best}{grows} {'comes out first' if doubts else 'is the best'} of "
         f"{counted(len(ranking), 'arm')}: {findings.score(best, budget)} bits per byte "
         f"({counted(len(findings.values(best, budget)), 'seed')})."
     )
@@ -115,7 +121,6 @@ def _sentences(findings: Findings) -> Iterator[str]:
         kind = "never grows" if findings.grown(best) else "grows"
         yield f"The best arm that {kind}: {findings.contrasts(budget, best)[rival].verdict.sentence}."
     yield from accounts(findings)
-    doubts = list(_doubts(findings))
     if doubts:
         yield f"This is a first look: {', and '.join(doubts)}."
 
@@ -152,23 +157,6 @@ def _grouped(contrasts: Mapping[str, Contrast], other: str, *, numbers: bool) ->
         if arms:
             said.append(f"{words.format(other)}: {'; '.join(arms)}.")
     return said
-
-
-def _doubts(findings: Findings) -> Iterator[str]:
-    """Say why this is a first look and no claim about quality, in parts of a sentence."""
-    budget, recipe = findings.last, findings.recipe
-    read = [
-        findings.mean(arm, budget, "text_tokens") / findings.mean(arm, budget, "parameters")
-        for arm in findings.ranking(budget)
-    ]
-    if min(read) < _ENOUGH_TEXT:
-        span = " to ".join(dict.fromkeys(f"{number:.2g}" for number in (min(read), max(read))))
-        yield f"arms read {span} text tokens a parameter, where a claim about quality needs {_ENOUGH_TEXT} or more"
-    ends = [arm for arm in findings.arms if findings.searches[arm].end]
-    if len(recipe.learning_rates) == 1:
-        yield "no learning rate was tuned"
-    elif ends:
-        yield f"the learning rate of {len(ends)} of {counted(len(findings.arms), 'arm')} lies at the end of the grid"
 
 
 def _statistics(findings: Findings) -> Iterator[str]:

@@ -96,8 +96,8 @@ def decision(findings: Findings) -> Iterator[Element]:
         yield Paragraph("There are no smaller budgets to fit the worth of a doubling of parameters to.")
     elif worth is None:
         yield Paragraph(
-            "On the smaller budgets, no worth of a doubling of parameters chooses better than always growing, or than "
-            "never growing."
+            "On the smaller budgets, choosing by any worth of a doubling of parameters loses as much as always "
+            "growing, or never growing."
         )
     else:
         yield Paragraph(

@@ -12,9 +12,11 @@ from ..errors import EvaluationError, RecipeError
 from ..sections import parse_sections
 from ..training.model import ModelSection
 from ..units import counted
+from .claims import Ground, doubts
 from .page import scientific
 from .recipe import CompareRecipe
 from .results import MAY_GAIN, Line, check_same_text
+from .scales import drowned
 from .statistics import Estimate, Verdict, estimate, holm, paired_difference, verdict
 from .tuning import Tuning, tuning
 
@@ -44,6 +46,7 @@ class Findings:
         finals: runs that are reported, by arm and budget, then by seed.
         tunings: runs that tried a learning rate, by arm.
         searches: what these found, by arm.
+        initial: the scales of its first model, by arm.
         diverged: final runs without finite bits per byte; in none of the above.
 
     Final runs at another learning rate than the best so far are left out: they are from before its grid was extended.
@@ -54,6 +57,7 @@ class Findings:
     finals: dict[tuple[str, float], dict[int, Line]]
     tunings: dict[str, list[Line]]
     searches: dict[str, Tuning]
+    initial: dict[str, Line]
     diverged: list[Line]
 
     @classmethod
@@ -102,7 +106,8 @@ class Findings:
                 f"nothing to report yet: none of {counted(len(recipe.arms), 'arm')} has finished a final run; "
                 "continue with `tokenformer compare`"
             )
-        return cls(recipe, begun, finals, tunings, searches, diverged)
+        initial = {line["arm"]: line for line in lines if line.get("event") == "initial"}
+        return cls(recipe, begun, finals, tunings, searches, initial, diverged)
 
     @cached_property
     def budgets(self) -> list[float]:
@@ -181,6 +186,23 @@ class Findings:
         ends = (list(self.finals[arm, budget].values()) for budget in self.budgets_of(arm))
         return [(_mean(lines, field), _mean(lines, "bits_per_byte")) for lines in ends]
 
+    def text_per_parameter(self, arm: str, budget: float) -> float:
+        """Return the text tokens that an arm reads within a budget for each parameter that it has in the end."""
+        return self.mean(arm, budget, "text_tokens") / self.mean(arm, budget, "parameters")
+
+    def doubts(self, budget: float) -> list[str]:
+        """Say why the arms at a budget are a first look, in parts of a sentence; nothing where they are a claim."""
+        return doubts(
+            [
+                Ground(
+                    self.text_per_parameter(arm, budget),
+                    self.searches[arm],
+                    drowned(self.initial[arm]["blocks"]) if arm in self.initial else None,
+                )
+                for arm in self.ranking(budget)
+            ]
+        )
+
     def contrasts(self, budget: float, other: str) -> dict[str, Contrast]:
         """Compare every arm at a budget with one of them, over common seeds, best first.
 
@@ -188,6 +210,7 @@ class Findings:
         what it says of that arm and the reference, so that a pair has one p value.
         """
         rules, against = self.recipe.rules, self.values(other, budget)
+        claim = not self.doubts(budget)
         found = {
             arm: paired_difference(self.values(arm, budget), against, confidence=rules.confidence)
             for arm in self.ranking(budget)
@@ -202,7 +225,15 @@ class Findings:
             arm: Contrast(
                 difference,
                 p.get(arm),
-                verdict(arm, other, difference, p=p.get(arm), threshold=rules.threshold, confidence=rules.confidence),
+                verdict(
+                    arm,
+                    other,
+                    difference,
+                    p=p.get(arm),
+                    threshold=rules.threshold,
+                    confidence=rules.confidence,
+                    claim=claim,
+                ),
             )
             for arm, difference in found.items()
         }

@@ -217,6 +217,11 @@ def scientific(value: float) -> str:
     return power if shown == "1" else f"{shown}·{power}"
 
 
+def rounded(value: float) -> str:
+    """Write a number to three digits or as a whole number, without an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def plain(text: str) -> str:
     """Write text so that Markdown shows it as it is, on one line."""
     return re.sub(r"([\\`*<|\[\]])", r"\\\1", re.sub(r"\s+", " ", text))

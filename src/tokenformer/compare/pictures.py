@@ -91,7 +91,9 @@ def draw_differences(findings: Findings, budget: float) -> tuple[bytes, bytes]:
             axes.errorbar(contrast.difference.mean, row, xerr=contrast.difference.half_width or 0.0, capsize=3, **look)
         axes.set_yticks(range(len(contrasts)), [short(arm) for arm in contrasts])
         axes.set_ylim(len(contrasts) - 0.5, -0.5)
-        axes.set_xlabel(f"bits per byte less those of {short(rules.reference)} at {scientific(budget)}; left is better")
+        axes.set_xlabel(
+            f"bits per byte less those of {short(rules.reference)} at {scientific(budget)}; left: fewer bits"
+        )
         return _rendered(figure)
 
 

@@ -13,6 +13,7 @@ from ..checkpoints.files import disk_errors
 from ..units import counted
 from .chart import interactive_curves
 from .conclusions import answer, limits, verdicts
+from .conditions import conditions
 from .decision import decision
 from .findings import Findings
 from .page import Bullets, Code, Element, Folded, Heading, Picture, html_page, markdown_page
@@ -52,6 +53,7 @@ def report(findings: Findings) -> Iterator[Element]:
     yield curves(findings)
     yield from answer(findings)
     yield from limits(findings)
+    yield from conditions(findings)
     yield from verdicts(findings)
     yield from more_pictures(findings)
     yield from results(findings)
@@ -67,10 +69,10 @@ def curves(findings: Findings) -> Picture:
     """Draw bits per byte against cost, which is the whole comparison in a picture."""
     return Picture(
         "report-training-flops",
-        "Bits per byte against cumulative training FLOPs, the base and all stages included; lower is better. Solid and "
-        "filled: arms that grow, ▲ where they do (at the bottom if before the first budget). Dashed and hollow: arms "
-        "that never grow. Black: the reference. Points are whole runs to the end of their schedule, means over seeds "
-        "with intervals.",
+        "Bits per byte against cumulative training FLOPs, the base and all stages included: a lower curve needs fewer "
+        "bits for the same text. Solid and filled: arms that grow, ▲ where they do (at the bottom if before the first "
+        "budget). Dashed and hollow: arms that never grow. Black: the reference. Points are whole runs to the end of "
+        "their schedule, means over seeds with intervals.",
         *draw_curves(findings, "training_flops"),
         chart=interactive_curves(findings),
     )

@@ -51,7 +51,8 @@ class Verdict:
 
     Attributes:
         kind: "better", "slightly better" (less than matters), "perhaps better" (not after correction), "equivalent",
-            "same", "cannot tell", "perhaps worse", "slightly worse", "worse", or "no interval".
+            "same", "cannot tell", "perhaps worse", "slightly worse", "worse", or "no interval"; in a first look "ahead"
+            and "behind" stand for "better" and "worse".
         sentence: the same with names and numbers.
     """
 
@@ -87,7 +88,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def verdict(a: str, b: str, difference: Estimate, *, p: float | None, threshold: float, confidence: float) -> Verdict:
+def verdict(
+    a: str, b: str, difference: Estimate, *, p: float | None, threshold: float, confidence: float, claim: bool
+) -> Verdict:
     """Say in words what the difference A − B shows.
 
     Args:
@@ -96,31 +99,34 @@ def verdict(a: str, b: str, difference: Estimate, *, p: float | None, threshold:
         p: its p value, corrected where several comparisons are made.
         threshold: smallest difference in bits per byte that matters.
         confidence: of the interval; a difference is told from none if p < 1 − confidence.
+        claim: whether one may be called better or worse; in a first look it is ahead or behind.
     """
     d, h = difference.mean, difference.half_width
     if not difference.seeds:
         return Verdict("no interval", f"{a} and {b} have no seed in common, so that nothing can be said about them")
-    word = "better" if d < 0 else "worse"
+    kind = ("better" if d < 0 else "worse") if claim else ("ahead" if d < 0 else "behind")
+    word = {"better": "better than", "worse": "worse than", "ahead": "ahead of", "behind": "behind"}[kind]
+    by = "by" if claim else "in this first look, by"
     if h is None or p is None:
-        told = f"{a} came out {word} than {b} by {abs(d):.4f} bits per byte" if d else f"{a} and {b} came out alike"
+        told = f"{a} came out {word} {b} {by} {abs(d):.4f} bits per byte" if d else f"{a} and {b} came out alike"
         return Verdict("no interval", f"with one seed there is no interval; {told}")
     if d == h == 0:
         return Verdict("same", f"{a} and {b} are the same: equal to the last bit with every seed")
     below = abs(d) + h < threshold
     if p < 1 - confidence:
-        told = f"{a} is {word} than {b} by {abs(d):.4f} ± {h:.4f} bits per byte"
+        told = f"{a} is {word} {b} {by} {abs(d):.4f} ± {h:.4f} bits per byte"
         if below:
-            return Verdict(f"slightly {word}", f"{told}, but by less than the {threshold:g} that matters")
+            return Verdict(f"slightly {kind}", f"{told}, but by less than the {threshold:g} that matters")
         surely = abs(d) - h >= threshold
-        return Verdict(word, told if surely else f"{told}, which may be less than the {threshold:g} that matters")
+        return Verdict(kind, told if surely else f"{told}, which may be less than the {threshold:g} that matters")
     seen = f"{d:+.4f} ± {h:.4f} bits per byte".replace("-", "−")
     if below:
         return Verdict("equivalent", f"{a} and {b} differ by less than the {threshold:g} that matters: by {seen}")
     if abs(d) > h:
         return Verdict(
-            f"perhaps {word}",
-            f"{a} is perhaps {word} than {b}, by {abs(d):.4f} ± {h:.4f} bits per byte: not significant after Holm's "
-            f"correction (p = {p:.2g})",
+            f"perhaps {kind}",
+            f"{a} is perhaps {word} {b}{',' if claim else ''} {by} {abs(d):.4f} ± {h:.4f} bits per byte: not "
+            f"significant after Holm's correction (p = {p:.2g})",
         )
     return Verdict(
         "cannot tell",
