@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install lint test test-all docs demo benchmark compare compare-quick smollm2 continual ecosystem clean
+.PHONY: install lint test test-all docs demo benchmark compare compare-quick race smollm2 continual ecosystem clean
 
 ECOSYSTEM := examples/ecosystem
 CHECKPOINT := runs/ecosystem/stage2
@@ -82,6 +82,10 @@ benchmark: install
 compare: install
 	$(BIN)/python benchmarks/compare.py
 	$(BIN)/python benchmarks/readme.py
+
+# CPU time to the loss of nanoGPT's README recipe, beside nanoGPT itself; about ten minutes. Needs git and the network.
+race: install
+	$(BIN)/python benchmarks/race.py
 
 compare-quick: install
 	$(BIN)/tokenformer compare recipes/compare/quick.yaml

@@ -138,8 +138,8 @@ def test_preset_growth_reaches_the_preset():
     assert (model.config.qkv_param_tokens, model.config.ffn_param_tokens) == (2140, 8560)
     with pytest.raises(GrowthError, match="hidden_size 1024, the model 768"):
         grow(model, preset="450m")
-    with pytest.raises(GrowthError, match="use_parallel_residual True, the model False"):
-        grow(model, preset="757m-parallel")
+    with pytest.raises(GrowthError, match="use_embedding_norm True, the model False"):
+        grow(model, preset="757m-modern")
 
 
 @torch.no_grad()

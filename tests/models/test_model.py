@@ -126,15 +126,15 @@ def test_preset_parameter_counts(name):
     with torch.device("meta"):
         model = TokenformerForCausalLM(config)
     count = sum(p.numel() for p in model.parameters())
-    assert count == PINNED[name.removesuffix("-ffn").removesuffix("-parallel")] == parameters(config)
+    head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    assert count == PINNED[name.removesuffix("-ffn").removesuffix("-modern")] + head == parameters(config)
 
 
-def test_parallel_presets_are_the_ffn_family_with_another_residual():
+def test_modern_presets_are_the_ffn_family_with_sound_scales_and_a_head_of_its_own():
     for name in PINNED:
-        mine, theirs = (TokenformerConfig.from_preset(f"{name}-{family}") for family in ("parallel", "ffn"))
-        assert mine.use_parallel_residual and not theirs.use_parallel_residual
-        changed = {k for k, v in mine.to_dict().items() if theirs.to_dict()[k] != v}
-        assert changed == {"use_parallel_residual"}
+        mine, theirs = (TokenformerConfig.from_preset(f"{name}-{family}").to_dict() for family in ("modern", "ffn"))
+        changed = {k: v for k, v in mine.items() if theirs[k] != v}
+        assert changed == {"use_embedding_norm": True, "output_initializer_range": 0.0, "tie_word_embeddings": False}
 
 
 def test_official_state_dicts_have_our_counts():
@@ -147,8 +147,8 @@ def test_official_state_dicts_have_our_counts():
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("1m-paralel", "did you mean 1m-parallel or 150m-parallel or 124m-parallel[?]"),
-        ("gpt2", "there are 124m, 354m, .*, 24m, and each with -ffn or -parallel behind it"),
+        ("1m-modem", "did you mean 1m-modern or [^ ]+-modern or [^ ]+-modern[?]"),
+        ("gpt2", "there are 124m, 354m, .*, 24m, and each with -ffn or -modern behind it"),
     ],
 )
 def test_an_unknown_preset_is_told_the_nearest_or_the_sizes(name, hint):

@@ -66,7 +66,7 @@ def in_blocks(name, parameter):
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else(make):
     model = make()
     twin = copy.deepcopy(model)
-    take_steps(model, make_optimizer(model, recipe_of().training, {}))
+    take_steps(model, make_optimizer(model, recipe_of(weight_decay=0.1).training, {}))
     parameters = dict(twin.named_parameters())
     matrices = [p for name, p in parameters.items() if in_blocks(name, p)]
     others = [p for name, p in parameters.items() if not in_blocks(name, p)]
@@ -99,7 +99,7 @@ def test_kinds_of_parameters_have_rates_of_their_own(optimizer, tied):
     rates = {p: group["lr"] for group in groups for p in group["params"]}
     for name, p in model.named_parameters():
         if name == "model.embed_tokens.weight":
-            assert rates[p] == 5.0
+            assert rates[p] == (0.5 if tied else 5.0)
         elif name == "lm_head.weight":
             assert rates[p] == 0.125
         else:
@@ -108,7 +108,7 @@ def test_kinds_of_parameters_have_rates_of_their_own(optimizer, tied):
 
 def test_the_schedule_multiplies_the_rates_of_all_kinds(content, tmp_path):
     """AdamW's first step has the size of the rate, whatever the gradient."""
-    training = content["training"] | {"optimizer": "adamw", "embedding_rate": 4.0, "weight_decay": 0.0, "warmup": 0.0}
+    training = content["training"] | {"optimizer": "adamw", "head_rate": 4.0, "weight_decay": 0.0, "warmup": 0.0}
     run = content | {
         "training": training | {"learning_rate": 1e-3, "schedule": "constant"},
         "stages": [{"text_tokens": 1}],

@@ -6,7 +6,7 @@ from tokenformer.data import section as data_module
 from tokenformer.errors import RecipeError
 from tokenformer.sections import fields
 from tokenformer.training import recipe as module
-from tokenformer.training.recipe import EXAMPLE, Recipe, load_recipe, parse_recipe
+from tokenformer.training.recipe import EXAMPLE, Recipe, TrainingSection, load_recipe, parse_recipe
 
 MINIMAL = {"model": {"preset": "1m-ffn"}, "data": {"source": "x"}, "stages": [{"text_tokens": 10}]}
 
@@ -37,7 +37,7 @@ def refusal(content):
 
 def test_the_example_is_a_recipe(tmp_path):
     recipe = load_recipe(write(tmp_path / "r.yaml", EXAMPLE))
-    assert recipe.model.preset == "1m-parallel" and recipe.data.source == "shakespeare"
+    assert recipe.model.preset == "1m-modern" and recipe.data.source == "shakespeare"
     assert (recipe.training.batch_size, recipe.training.sequence_length) == (16, 128)
     assert [stage.text_tokens for stage in recipe.stages] == [1_000_000, 1_000_000]
     assert recipe.stages[0].growth == {}
@@ -193,3 +193,14 @@ def test_recipes_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 3
     assert isinstance(recipe, Recipe)
+
+
+def test_defaults_follow_the_optimizer():
+    """A comparison's arm may ask for another optimizer, and then has that one's; what was asked for stays."""
+    muon = TrainingSection(optimizer="muon", head_rate=0.5)
+    assert (muon.learning_rate, muon.embedding_rate, muon.head_rate, muon.weight_decay) == (0.02, 5.0, 0.5, 0.0)
+    given = muon.model_dump(exclude_unset=True)
+    assert given == {"optimizer": "muon", "head_rate": 0.5}
+    adamw = TrainingSection(**{**given, "optimizer": "adamw"})
+    assert (adamw.learning_rate, adamw.embedding_rate, adamw.head_rate, adamw.weight_decay) == (1e-3, 1.0, 0.5, 0.1)
+    assert muon.model_copy(update={"batch_size": 4}).learning_rate == 0.02

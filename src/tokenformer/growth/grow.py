@@ -264,7 +264,7 @@ def _preset_totals(config: PreTrainedConfig, preset: str) -> dict[str, Amount | 
         raise GrowthError(str(error)) from error
     if config.model_type != "tokenformer":
         raise GrowthError(f"presets are sizes of TokenFormers; this is a {config.model_type!r} model: give totals")
-    for field in ("hidden_size", "num_attention_heads", "use_parallel_residual"):
+    for field in ("hidden_size", "num_attention_heads", "use_parallel_residual", "use_embedding_norm"):
         if sizes.get(field, False) != getattr(config, field):
             raise GrowthError(
                 f"preset {preset!r} has {field} {sizes.get(field, False)}, the model {getattr(config, field)}; growth "

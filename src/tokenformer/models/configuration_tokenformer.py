@@ -232,7 +232,7 @@ class TokenformerConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "TokenformerConfig":
-        """Return the named size, for example `"150m"`, `"150m-ffn"` or `"150m-parallel"`; see `PRESETS`.
+        """Return the named size, for example `"150m"`, `"150m-ffn"` or `"150m-modern"`; see `PRESETS`.
 
         Raises:
             ValueError: unknown name.
@@ -248,7 +248,7 @@ def preset_sizes(name: str) -> dict[str, int]:
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.5)
-        known = f"there are {', '.join(_PAPER_PRESETS)}, and each with -ffn or -parallel behind it"
+        known = f"there are {', '.join(_PAPER_PRESETS)}, and each with -ffn or -modern behind it"
         hint = f"did you mean {' or '.join(near)}?" if near else known
         raise ValueError(f"there is no preset {name!r}; {hint}")
     return PRESETS[name]
@@ -306,9 +306,7 @@ _PAPER_PRESETS = {
     "24m": _preset(10, 384, 6, 384, 1536, **_LAPTOP),
 }
 _FFN_PRESETS = {f"{name}-ffn": _ffn_family(preset) for name, preset in _PAPER_PRESETS.items()}
-# The best TokenFormers of docs/compare.md.
-_PARALLEL_PRESETS = {
-    f"{name}-parallel": {**_ffn_family(preset), "use_parallel_residual": True}
-    for name, preset in _PAPER_PRESETS.items()
-}
-PRESETS: dict[str, dict[str, int]] = _PAPER_PRESETS | _FFN_PRESETS | _PARALLEL_PRESETS
+# The base recipe of docs/compare.md: sound scales from the first step, and a head of its own.
+_MODERN = {"use_embedding_norm": True, "output_initializer_range": 0, "tie_word_embeddings": False}
+_MODERN_PRESETS = {f"{name}-modern": {**_ffn_family(preset), **_MODERN} for name, preset in _PAPER_PRESETS.items()}
+PRESETS: dict[str, dict[str, int]] = _PAPER_PRESETS | _FFN_PRESETS | _MODERN_PRESETS

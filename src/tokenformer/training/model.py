@@ -25,7 +25,7 @@ class ModelSection(Section):
     """Kind of model, such as llama or gpt_neox; another than tokenformer takes the fields of its configuration in
     transformers' names."""
     preset: str | None = None
-    """Sizes to start from, such as "1m-parallel"; fields below override it. `tokenformer recipe` lists the presets."""
+    """Sizes to start from, such as "1m-modern"; fields below override it. `tokenformer recipe` lists the presets."""
     hidden_size: int | None = Field(None, gt=0)
     """Width of the residual stream."""
     num_hidden_layers: int | None = Field(None, ge=0)

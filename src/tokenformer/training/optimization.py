@@ -134,7 +134,9 @@ def _rates(model: PreTrainedModel, t: TrainingSection) -> dict[torch.nn.Paramete
     """Return what a parameter's learning rate is as a multiple of the schedule's, where it is another."""
     narrower = 1.0 if t.rate_width is None else t.rate_width / model.config.hidden_size
     rates = {} if t.optimizer == "muon" else dict.fromkeys(_block_matrices(model), narrower)
+    rates[model.get_input_embeddings().weight] = t.embedding_rate
     head = model.get_output_embeddings()
     if head is not None:
-        rates[head.weight] = t.head_rate * narrower
-    return rates | {model.get_input_embeddings().weight: t.embedding_rate}
+        # Of one tied to the embedding the rate does not follow the width, for the embedding's does not.
+        rates[head.weight] = t.head_rate * (1.0 if head.weight in rates else narrower)
+    return rates

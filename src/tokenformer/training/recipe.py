@@ -18,7 +18,7 @@ from .model import ModelSection
 EXAMPLE = """\
 # tokenformer train THIS_FILE
 model:
-  preset: 1m-parallel
+  preset: 1m-modern
   ffn_tau: 39.2              # √1536, the parameter tokens that it will grow to
 data:
   source: shakespeare        # or your files: [notes/, "books/*.txt", corpus.jsonl]
@@ -26,11 +26,16 @@ data:
 training:
   batch_size: 16
   sequence_length: 128
+  optimizer: muon            # learning rates and weight decay are then those that suit it
 stages:
   - text_tokens: 1_000_000
   - ffn_param_tokens: +100%  # grow, losing nothing, and train on
     text_tokens: 1_000_000
 """
+
+
+# Found by recipes/compare/base.yaml: the head's rate is small, and that of the embedding large.
+_WITH_MUON = {"learning_rate": 0.02, "embedding_rate": 5.0, "head_rate": 0.1, "weight_decay": 0.0}
 
 
 class StartSection(ModelSection):
@@ -57,7 +62,7 @@ class TrainingSection(Section):
     sequence_length: int = Field(256, gt=1)
     """Text tokens per sequence; what validation reads, and the longest that a stage may."""
     learning_rate: float = Field(1e-3, gt=0)
-    """Peak learning rate; a stage may set its own."""
+    """Peak learning rate; a stage may set its own. Default: 0.001; with muon 0.02."""
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     """"wsd": warm up, hold, decay once over all stages. "cosine": warm up and decay to a tenth in each (paper).
     "constant": warm up once and hold."""
@@ -66,11 +71,11 @@ class TrainingSection(Section):
     decay: float = Field(0.2, ge=0, le=1)
     """Share of all text tokens at the end over which wsd falls linearly to 0."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """"adamw". "muon": Muon (momentum 0.95) on the blocks' matrices, which wants rates near 0.02; AdamW on all else."""
+    """"adamw". "muon": Muon (momentum 0.95) on the blocks' matrices, AdamW on all else."""
     embedding_rate: float = Field(1.0, gt=0)
-    """Learning rate of the embedding, and of a head tied to it, as a multiple of the blocks'."""
+    """Learning rate of an embedding, as a multiple of the blocks'. Default: 1; with muon 5."""
     head_rate: float = Field(1.0, gt=0)
-    """Likewise of a head of its own."""
+    """Likewise of the head, and of an embedding tied to it. Default: 1; with muon 0.1."""
     rate_width: int | None = Field(None, gt=0)
     """hidden_size at which `learning_rate` was found: where a model is wider, AdamW's rate for the blocks' matrices and
     for a head of its own falls in proportion, so that the same number stays right (muP). Muon's needs no such help."""
@@ -81,7 +86,7 @@ class TrainingSection(Section):
     beta2: float = Field(0.95, ge=0, lt=1)
     """AdamW's decay of the gradient's square."""
     weight_decay: float = Field(0.1, ge=0)
-    """Weight decay on every matrix; never on the final norm."""
+    """Weight decay on every matrix; never on the final norm. Default: 0.1; with muon 0."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Largest gradient norm; larger ones are scaled down."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -98,6 +103,13 @@ class TrainingSection(Section):
     """Where else to log, in transformers' names: "tensorboard", "wandb", …."""
     training_arguments: dict[str, Any] = Field({})
     """Further fields of transformers.TrainingArguments, for example {gradient_checkpointing: true}."""
+
+    @model_validator(mode="after")
+    def _defaults_that_suit_the_optimizer(self) -> TrainingSection:
+        suited = _WITH_MUON if self.optimizer == "muon" else {}
+        # Not set as by a caller, so that they follow where another optimizer is asked for.
+        self.__dict__.update({field: value for field, value in suited.items() if field not in self.model_fields_set})
+        return self
 
     @property
     def tokens_per_step(self) -> int:
