@@ -19,6 +19,7 @@ from .findings import Findings
 from .page import Bullets, Code, Element, Folded, Heading, Picture, html_page, markdown_page
 from .pictures import draw_curves, draw_differences
 from .results import MAY_GAIN, Line
+from .scaling import scaling
 from .tables import attention, equality, growths, results, savings
 
 
@@ -57,6 +58,7 @@ def report(findings: Findings) -> Iterator[Element]:
     yield from verdicts(findings)
     yield from more_pictures(findings)
     yield from results(findings)
+    yield from scaling(findings)
     yield from savings(findings)
     yield from decision(findings)
     yield from growths(findings)

@@ -1,0 +1,91 @@
+"""What size and text are worth in a comparison: the law of its largest family, where there is enough of both."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from transformers import AutoConfig
+
+from .. import cost
+from ..errors import EvaluationError
+from .findings import Findings
+from .law import SIZES, Law, Point, fit
+from .page import Element, Heading, Paragraph, Table, scientific
+
+# Fields of a model that say how large it is, and not of what kind.
+_SIZES = (
+    "preset",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "qkv_param_tokens",
+    "output_param_tokens",
+    "ffn_param_tokens",
+)
+
+
+def family(findings: Findings) -> list[str]:
+    """Return the largest set of arms that never grow and differ in size alone, in the recipe's order."""
+    sets: dict[str, list[str]] = defaultdict(list)
+    for arm in findings.arms:
+        content = findings.recipe.arms[arm]
+        if not content.stages:
+            rest = {f: v for f, v in content.model.model_dump(exclude_unset=True).items() if f not in _SIZES}
+            sets[repr((sorted(rest.items()), sorted(content.training.items())))].append(arm)
+    return max(sets.values(), key=len, default=[])
+
+
+def points(findings: Findings, arms: Sequence[str]) -> list[Point]:
+    """Return the ends of all final runs of some arms that never grow, for a law."""
+    return [
+        Point(
+            cost.block_parameters(AutoConfig.for_model(**line["config"])),
+            line["text_tokens"],
+            line["bits_per_byte"],
+            seed,
+        )
+        for arm in arms
+        for budget in findings.budgets_of(arm)
+        for seed, line in sorted(findings.finals[arm, budget].items())
+    ]
+
+
+def scaling(findings: Findings) -> Iterator[Element]:
+    """Fit the law to the largest family of sizes, and say what more size or text would bring."""
+    arms = family(findings)
+    if len(arms) < SIZES:
+        return
+    yield Heading("What size and text are worth")
+    yield Paragraph(
+        "Bits per byte as a law of both, E + A / N^α + B / D^β, with N parameters outside the embedding and D text "
+        f"tokens, fitted to all runs of {', '.join(arms)}: the most arms that never grow and differ in size alone. "
+        "Huber loss of the logarithm, as in approach 3 of arXiv 2203.15556; intervals from refits to resampled seeds."
+    )
+    try:
+        law = fit(points(findings, arms), confidence=findings.recipe.rules.confidence)
+    except EvaluationError as error:
+        yield Paragraph(f"It cannot be fitted: {error}.")
+        return
+    yield Table(
+        ["constant", "value", "from", "to"],
+        [
+            [symbol, *(f"{x:.4g}" for x in (getattr(law, name), *law.intervals[name]))]
+            for symbol, name in (("E", "E"), ("A", "A"), ("α", "alpha"), ("B", "B"), ("β", "beta"))
+        ],
+    )
+    yield Paragraph(_told(law))
+
+
+def _told(law: Law) -> str:
+    (smallest, size), (least, text) = law.parameters, law.text_tokens
+    now = law.loss(size, text)
+    return (
+        f"It holds from {scientific(smallest)} to {scientific(size)} parameters and from {scientific(least)} to "
+        f"{scientific(text)} text tokens, and single runs differ from it by {law.spread:.1%} (one standard deviation). "
+        f"At the upper end of both, a doubling of the parameters would bring {now - law.loss(2 * size, text):.4f} bits "
+        f"per byte, and one of the text {now - law.loss(size, 2 * text):.4f}; {now - law.E:.4f} are all that size and "
+        "text can bring."
+    )
