@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from importlib import import_module
+from typing import Any
 
 from .after_import import after_import
 
@@ -17,6 +19,12 @@ def quiet_libraries() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     after_import("transformers.utils.logging", _quiet_transformers)
     after_import("datasets", _quiet_datasets)
+
+
+def quietly(rank: int, module: str, function: str, *arguments: Any) -> None:
+    """Call a function of a module, in a process that has just begun, before what it imports can write anything."""
+    quiet_libraries()
+    getattr(import_module(module), function)(rank, *arguments)
 
 
 def _quiet_transformers() -> None:

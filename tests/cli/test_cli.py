@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from comparisons import comparison
+from hub_server import serve_hub  # noqa: F401
+from tiny_models import SIZES, tiny
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from tokenformer.checkpoints.lineage import Lineage
@@ -37,8 +41,8 @@ RECIPE = {
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process; return (exit code, stdout, stderr)."""
+def run(monkeypatch, capfd):
+    """Run a command in this process; return (exit code, stdout, stderr), of processes that it starts as well."""
 
     def call(*arguments, columns=200):
         monkeypatch.setattr(sys, "argv", ["tokenformer", *map(str, arguments)])
@@ -48,7 +52,7 @@ def run(monkeypatch, capsys):
             code = 0
         except SystemExit as end:
             code = end.code or 0
-        return code, *capsys.readouterr()
+        return code, *capfd.readouterr()
 
     return call
 
@@ -115,8 +119,6 @@ def test_a_checkpoint_replaced_by_its_own_grown_self_is_told_as_it_was(run, chec
 
 
 def test_costs_that_nobody_told_are_not_said_to_be_nothing(run, tmp_path):
-    from tiny_models import tiny
-
     save_checkpoint(tmp_path / "c", tiny("ffn"), None, Lineage())
     code, out, _ = run("grow", tmp_path / "c", "-o", tmp_path / "new", "--ffn", "+8")
     assert code == 0 and "0 s" not in out and "0.00e00" not in out
@@ -169,17 +171,28 @@ def test_inspect_and_evaluate_tell_machines_what_they_tell_people(run, checkpoin
     assert run("inspect", checkpoint, "--json", "--prompt", "x")[0] == 2
 
 
+def check_quiet(run, *commands):
+    """Check what commands print in a terminal of 80 columns: nothing on stderr, and on stdout whole lines of ours."""
+    for arguments in commands:
+        code, out, err = run(*arguments, columns=80)
+        assert (code, err) == (0, ""), arguments
+        assert "it/s" not in out and "…" not in out, out
+        assert "Warning" not in out and "loss_type" not in out
+
+
 def test_no_other_library_writes_to_the_terminal(run, checkpoint, text, tmp_path):
-    """What commands print in a terminal of 80 columns is ours alone: nothing on stderr, whole lines on stdout."""
-    new = ["-o", tmp_path / "new", "--force"]
+    new, addon = ["-o", tmp_path / "new", "--force"], tmp_path / "addon.safetensors"
     judged = ["--text", text]
-    for arguments in (
-        ["grow", checkpoint, *new, "--ffn", "+8"],
+    check_quiet(
+        run,
+        ["grow", checkpoint, *new, "--ffn", "+8", "--name", "more"],
+        ["split", tmp_path / "new", "more", "-o", addon],
+        ["attach", checkpoint, addon, "-o", tmp_path / "attached", "--name", "other"],
+        ["merge", tmp_path / "new", tmp_path / "attached", "-o", tmp_path / "merged"],
         ["freeze", checkpoint, "base", *new],
         ["unfreeze", checkpoint, "base", *new],
         ["drop", checkpoint, "grown1", *new],
         ["consolidate", checkpoint, *new],
-        ["split", checkpoint, "grown1", "-o", tmp_path / "addon.safetensors"],
         ["prune", checkpoint, *new, "--keep", "0.5", *judged],
         ["sort", checkpoint, *new, *judged],
         ["shrink", tmp_path / "new", "--keep", "0.5", "-o", tmp_path / "half"],
@@ -188,13 +201,41 @@ def test_no_other_library_writes_to_the_terminal(run, checkpoint, text, tmp_path
         ["generate", checkpoint, "the quick", "--max-new-tokens", "4"],
         ["evaluate", checkpoint, *judged],
         ["recipe"],
-    ):
-        code, out, err = run(*arguments, columns=80)
-        assert (code, err) == (0, ""), arguments
-        assert "it/s" not in out and "…" not in out, out
-        assert "Warning" not in out and "loss_type" not in out
+    )
     code, _, err = run("slice", checkpoint, *new, *judged)
     assert code == 0 and "sort" in err and len(err.splitlines()) == 1
+
+
+def test_no_other_library_writes_while_checkpoints_are_converted_and_published(run, hub, tmp_path):
+    save_checkpoint(tmp_path / "c", tiny(), None, Lineage())
+    GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, intermediate_size=64)).save_pretrained(tmp_path / "neox")
+    assert run("recipe")[0] == 0  # takes what saving has printed
+    check_quiet(
+        run,
+        ["convert", "to-official", tmp_path / "c", "-o", tmp_path / "c.bin"],
+        ["convert", "official", tmp_path / "c.bin", "--config", tmp_path / "c.yml", "-o", tmp_path / "again"],
+        ["convert", "transformer", tmp_path / "neox", "-o", tmp_path / "ours"],
+        ["push", tmp_path / "again", "someone/model"],
+    )
+
+
+def test_no_other_library_writes_while_arms_are_compared(run, tmp_path):
+    (tmp_path / "text").mkdir()
+    content = comparison(tmp_path / "text")
+    arms = {"small": content["arms"]["small"]}
+    short = {"seeds": [0], "budgets": [1280], "learning_rates": [1e-2], "arms": arms}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**content, **short}))
+    results = tmp_path / "out" / "results.jsonl"
+    check_quiet(
+        run,
+        ["compare", tmp_path / "r.yaml", "-o", tmp_path / "out", "--workers", "1"],
+        ["report", results, "-o", tmp_path / "report"],
+    )
+    code, out, _ = run("report", results, "-o", tmp_path / "report", "--json")
+    found = json.loads(out)
+    assert code == 0 and found.keys() == {"report", "runs"} and found["report"] == str(tmp_path / "report/report.html")
+    facts = {"training_flops", "text_tokens", "seconds", "parameters", "loss", "bits_per_byte", "tuning_bits_per_byte"}
+    assert [run.keys() for run in found["runs"]] == [{"arm", "seed", "learning_rate", "budget", "segments", *facts}]
 
 
 def test_a_share_of_what_nobody_sorted_is_taken_with_a_note(run, checkpoint, text, tmp_path):
@@ -287,8 +328,6 @@ def test_damaged_checkpoints_are_found_before_anything_is_written(run, checkpoin
 
 
 def test_tokenizer_that_does_not_match_the_model(run, checkpoint, tmp_path):
-    from tiny_models import tiny
-
     _, tokenizer, _ = load_checkpoint(checkpoint)
     save_checkpoint(tmp_path / "c", tiny("ffn"), tokenizer, Lineage())
     code, _, err = run("generate", tmp_path / "c", "hello")

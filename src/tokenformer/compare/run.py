@@ -30,7 +30,7 @@ from ..checkpoints.files import disk_errors
 from ..data.text import HeldOut, TextData, prepare
 from ..errors import DataError, GrowthError, RecipeError, TokenformerError
 from ..growth.freeze import freeze_only
-from ..quiet import quiet_libraries
+from ..quiet import quietly
 from ..training.difficulty import difficulty
 from ..training.partial import unfinished
 from ..training.preparation import first_config
@@ -85,8 +85,8 @@ def compare(
     devices = _devices()
     content = recipe.model_dump_json(exclude_unset=True)
     context = multiprocessing.start_processes(
-        _worker,
-        (devices, content, str(run), arms),
+        quietly,
+        (__name__, _worker.__name__, devices, content, str(run), arms),
         workers or _default_workers(recipe, devices),
         join=False,
         start_method="spawn",
@@ -185,7 +185,6 @@ def _worker(rank: int, devices: list[str], content: str, folder: str, arms: list
         os.environ.pop(name, None)  # a worker trains alone, whoever started it
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[rank % len(devices)]
-    quiet_libraries()
     gc.freeze()  # Trainer collects garbage after every segment: that takes a second if it looks at all imports
     recipe = CompareRecipe.model_validate_json(content)
     if recipe.training.threads is not None:
