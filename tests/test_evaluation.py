@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny_models import tiny
 from tokenizers import Tokenizer, models
 from typer.testing import CliRunner
@@ -15,7 +16,7 @@ from tokenformer.checkpoints.lineage import Lineage
 from tokenformer.cli import app as cli
 from tokenformer.data.tokenizer import make_tokenizer, open_tokenizer, vocabulary_size
 from tokenformer.errors import EvaluationError, MissingExtraError, TokenformerError, TokenizerError
-from tokenformer.evaluation import evaluate_tasks, evaluate_text
+from tokenformer.evaluation import evaluate, evaluate_tasks, evaluate_text
 
 TEXT = "Shall I compare thee to a summer's day? Thou art more lovely — and more temperate.\n" * 3
 CHOICES = [
@@ -166,6 +167,13 @@ def test_batches_do_not_change_what_is_measured(model, tokenizer, tmp_path):
     found = [evaluate_text(model, tokenizer, page, block_length=50, batch_size=size) for size in (1, 4, 16)]
     assert {one.text_tokens for one in found} == {len(tokenizer(TEXT)["input_ids"]) + 1}
     assert [one.loss for one in found] == pytest.approx([found[0].loss] * 3, rel=1e-12)
+
+
+def test_a_failure_leaves_the_model_training_as_it_was(model):
+    model.train()
+    with pytest.raises(IndexError):
+        evaluate(model, Dataset.from_dict({"input_ids": [[0, 1, 10**6]]}), num_bytes=1)
+    assert model.training
 
 
 def test_ids_beyond_the_embedding_are_refused_however_few_entries_there_are(model, tmp_path):

@@ -56,15 +56,17 @@ def evaluate(
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    for ids in batches(blocks, batch_size):
-        input_ids = ids.to(device)
-        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
-        predicted = input_ids[:, 1:].flatten()
-        losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), predicted, reduction="none")
-        total += losses.cpu().double().sum().item()
-        count += predicted.numel()
-    model.train(was_training)
+    try:
+        for ids in batches(blocks, batch_size):
+            input_ids = ids.to(device)
+            with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+                logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
+            predicted = input_ids[:, 1:].flatten()
+            losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), predicted, reduction="none")
+            total += losses.cpu().double().sum().item()
+            count += predicted.numel()
+    finally:
+        model.train(was_training)
     return Evaluation(total / count, total / math.log(2) / num_bytes, count)
 
 

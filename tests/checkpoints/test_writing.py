@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tokenformer.checkpoints.files import check_file, check_target, recover, replacing_file, replacing_folder
+from tokenformer.checkpoints.files import (
+    check_file,
+    check_target,
+    clear_unfinished,
+    recover,
+    replacing_file,
+    replacing_folder,
+)
 from tokenformer.errors import CheckpointError
 
 
@@ -118,6 +125,10 @@ def test_a_kill_while_writing_leaves_the_old_one_and_so_does_the_next_attempt(tm
     with pytest.raises(ZeroDivisionError), replacing_folder(path, force=True):
         raise ZeroDivisionError
     assert read(path) == "old"
+    assert len(names(tmp_path)) == 2
+    (tmp_path / ".c2.1.tmp").mkdir()  # of another folder
+    clear_unfinished(path)
+    assert names(tmp_path) == [".c2.1.tmp", "c"] and read(path) == "old"
 
 
 def test_a_file_is_replaced_only_when_asked_and_only_whole(tmp_path):

@@ -383,6 +383,17 @@ def test_full_disk(checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_of_the_processes_of_a_run_one_says_that_it_was_interrupted(run, recipe, monkeypatch, tmp_path, rank, lines):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("tokenformer.training.train.train", interrupt)
+    code, _, err = run("train", recipe, "-o", tmp_path / "run")
+    assert code == 130 and len(err.splitlines()) == lines
+
+
 def test_ctrl_c_saves_and_says_how_to_continue(recipe, tmp_path):
     edit(recipe, stages=[{"text_tokens": 10_000_000}])
     process = child("train", recipe, "-o", tmp_path / "run")

@@ -117,6 +117,11 @@ def test_sources_that_are_refused(tmp_path, name, content, message):
         load_documents(path)
 
 
+def test_text_in_place_of_its_file_is_a_fault_of_the_source():
+    with pytest.raises(DataError, match=r"data.source 'To be, .*' cannot be read: File name too long"):
+        load_documents("To be, or not to be, " * 20)
+
+
 @pytest.mark.parametrize("name", ["notes/missing.txt", "corpus.jsonl.gz", "~/Book.MD"])
 def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

@@ -117,11 +117,13 @@ def test_without_a_whole_state_a_stage_starts_again(content, interrupted, tmp_pa
     for state in (tmp_path / "run" / "stage2.partial").iterdir():
         (state / "optimizer.pt").write_bytes(b"")
     (tmp_path / "run" / "stage2.partial" / "checkpoint-best").mkdir()  # a user's
+    (tmp_path / "run" / ".stage2.1.tmp").mkdir()  # of a process that was killed while it wrote
     events = []
     (_, last) = train(parse_recipe(content), tmp_path / "run", resume=True, on_event=events.append)
     assert (last / "model.safetensors").read_bytes() == interrupted[1]
     assert [e["step"] for e in events if e["event"] == "progress"] == [1, 2, 3, 4, 5, 6]
     assert [e["step"] for e in events if e["event"] == "damaged"] == [0, 0]
+    assert not list((tmp_path / "run").glob(".stage2*"))
 
 
 def test_what_lies_beside_a_checkpoint_goes_along(content, interrupted, tmp_path):

@@ -249,7 +249,9 @@ def test_the_neurons_of_an_ordinary_model_keep_their_states_when_it_grows():
     model = GPTNeoXForCausalLM(config)
     states = {name: {"exp_avg": torch.full_like(p, i)} for i, (name, p) in enumerate(model.named_parameters())}
     weight = model.gpt_neox.layers[0].mlp.dense_h_to_4h.weight.clone()
-    moved = grow_with_states(model, dict(states), ffn_param_tokens="+8")
+    other = {"exp_avg": torch.zeros(1)}
+    moved = grow_with_states(model, {**states, "another.weight": other}, ffn_param_tokens="+8")
+    assert moved.pop("another.weight") is other  # of no parameter here, so of no token group
     parameters = dict(model.named_parameters())
     assert len(moved) == len(states) and all(parameters[n].shape == s["exp_avg"].shape for n, s in moved.items())
     name = "gpt_neox.layers.0.mlp.dense_h_to_4h.groups.base.weight"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -84,6 +85,13 @@ def replacing_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         recover(path)
+
+
+def clear_unfinished(path: Path) -> None:
+    """Remove the temporary siblings that killed processes have left of `path`; for who alone writes there."""
+    target = _target(path)
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _swap(temporary: Path, target: Path, replaced: Path) -> None:

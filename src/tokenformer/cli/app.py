@@ -69,7 +69,8 @@ def train(
     from .displays import TrainingDisplay
     from .tables import stage_row, stage_table, text_loss_table
 
-    console = make_console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun, one process speaks
+    quiet = os.environ.get("RANK", "0") != "0"  # under torchrun, one process speaks
+    console = make_console(quiet=quiet)
     folder = output or Path("runs") / recipe.stem
     content = load_recipe(recipe)
     try:
@@ -80,7 +81,7 @@ def train(
         command = f"tokenformer train {quote(str(recipe))}{where} --resume"
         began = (folder / "log.jsonl").exists()
         hint = f"Continue with: {command}" if began else "Nothing had begun."
-        make_console(stderr=True).print(f"Interrupted. {hint}", markup=False, soft_wrap=True)
+        make_console(stderr=True, quiet=quiet).print(f"Interrupted. {hint}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
     console.print(stage_table(stage_row(f"{i + 1}", c) for i, c in enumerate(checkpoints)))
     if texts := text_loss_table(checkpoints):

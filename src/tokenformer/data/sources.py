@@ -51,7 +51,10 @@ def load_documents(
     sources = [source] if isinstance(source, str) else list(source)
     if not sources:
         raise DataError("data.source is an empty list; name a file, a folder or a dataset")
-    parts = [_load_source(s, text_column, split, streaming) for s in sources]
+    try:
+        parts = [_load_source(s, text_column, split, streaming) for s in sources]
+    except OSError as error:  # else it would be taken for one of writing the run, during which text is read
+        raise DataError(f"data.source {source!r} cannot be read: {error.strerror or error}") from error
     documents = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if isinstance(documents, datasets.Dataset) and not any(text.strip() for text in documents["text"]):
         raise DataError(f"data.source {source!r} has {counted(len(documents), 'document')}, and no text in any")

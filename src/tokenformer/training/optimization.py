@@ -54,7 +54,8 @@ def states_by_group(model: PreTrainedModel, states: OptimizerState) -> Optimizer
 
     def grouped(name: str) -> str:
         module, _, leaf = name.rpartition(".")
-        return name if name in own else f"{module}.groups.{BASE_GROUP}.{leaf}"
+        inside = f"{module}.groups.{BASE_GROUP}.{leaf}"
+        return inside if inside in own else name
 
     return {grouped(name): state for name, state in states.items()}
 
@@ -69,7 +70,7 @@ def grow_with_states(model: PreTrainedModel, states: OptimizerState, **growth: A
     before = {id(p): name for name, p in model.named_parameters()}
     grow(model, **growth)
     names = {before[id(p)]: name for name, p in model.named_parameters() if id(p) in before}
-    return {names[name]: state for name, state in states.items()}
+    return {names.get(name, name): state for name, state in states.items()}
 
 
 class CombinedOptimizer(torch.optim.Optimizer):

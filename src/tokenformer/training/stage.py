@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from .. import cost
 from ..batches import batches
 from ..checkpoints.checkpoint import save_checkpoint
-from ..checkpoints.files import disk_errors
+from ..checkpoints.files import clear_unfinished, disk_errors
 from ..checkpoints.lineage import Lineage
 from ..checkpoints.optimizer import OPTIMIZER_FILE, OptimizerState
 from ..checkpoints.verify import carry_files
@@ -52,6 +52,8 @@ def run_stage(
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
     place = unfinished(target)
+    if log.enabled:
+        clear_unfinished(target)
     state, problems = _newest_whole(place)
     done = step_of(state) if state else 0
     logged = log.rewind(settings.number, done)
