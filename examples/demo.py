@@ -160,7 +160,7 @@ def main() -> None:
     content = recipe.model_dump(exclude_unset=True)
     content |= {
         "model": {"checkpoint": str(grown[-1])},
-        "stages": [{"ffn_param_tokens": "+50%", "text_tokens": 150_000}],
+        "stages": [{"ffn_param_tokens": "+50%", "text_tokens": 40_000}],
     }
     more.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     console.print(f"Picture:          {image}", soft_wrap=True)
