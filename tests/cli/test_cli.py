@@ -1,7 +1,6 @@
 """The command line as a user meets it: what it prints, what it refuses, and with which exit code."""
 
 import json
-import os
 import resource
 import shutil
 import signal
@@ -350,14 +349,6 @@ def test_a_prompt_longer_than_the_context(run, checkpoint):
     assert code == 2 and "101 text tokens long; the model reads at most 64" in err
 
 
-def child(*arguments, **options):
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "tokenformer", *map(str, arguments)]
-    return subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options
-    )
-
-
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(run, recipe, tmp_path):
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29578", "-m", "tokenformer"]
@@ -370,16 +361,15 @@ def test_two_processes_train_what_one_does(run, recipe, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
 
 
-def test_full_disk(checkpoint, tmp_path):
+def test_full_disk(run, checkpoint, tmp_path):
     """A file-size limit makes writes fail the way a full disk does."""
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
-    process = child("grow", checkpoint, "-o", tmp_path / "new", "--ffn-param-tokens", "+64", preexec_fn=limit)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and "could not write" in err and "Traceback" not in err
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
+    try:
+        code, _, err = run("grow", checkpoint, "-o", tmp_path / "new", "--ffn-param-tokens", "+64")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2 and "could not write" in err and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -396,7 +386,12 @@ def test_of_the_processes_of_a_run_one_says_that_it_was_interrupted(run, recipe,
 
 def test_ctrl_c_saves_and_says_how_to_continue(recipe, tmp_path):
     edit(recipe, stages=[{"text_tokens": 10_000_000}])
-    process = child("train", recipe, "-o", tmp_path / "run")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tokenformer", "train", recipe, "-o", tmp_path / "run"],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     log = tmp_path / "run" / "log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and '"train"' in log.read_text()):

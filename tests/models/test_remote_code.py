@@ -19,7 +19,7 @@ from tokenformer import TokenformerForCausalLM, grow
 FILES = ["configuration_tokenformer.py", "fused.py", "modeling_tokenformer.py", "names.py", "pattention.py"]
 CODE = {name: (Path(tokenformer.__file__).parent / "models" / name).read_text() for name in FILES}
 ASKED = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-# For every folder: load it by each Auto class, run it, save it, and load and run what was saved.
+# Load a folder trusting nobody. Then load every one by each Auto class, run it, save it, load and run what was saved.
 LOAD = f"""
 import sys
 from importlib.util import find_spec
@@ -29,6 +29,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 assert find_spec("tokenformer") is None
 ids = torch.tensor({tokens().tolist()})
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+except ValueError as error:
+    print(error)
+assert not any("modeling_tokenformer" in name for name in sys.modules)
 for folder in sys.argv[1:]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     base = AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -72,7 +77,7 @@ def run(tmp_path_factory):
     return call
 
 
-def test_loads_runs_and_saves_without_the_package(run, tmp_path):
+def test_loads_runs_and_saves_without_the_package_once_it_is_trusted(run, tmp_path):
     ids, models = tokens(), {}
     for family in FAMILIES:
         models[tmp_path / family] = model = tiny(family)
@@ -80,6 +85,8 @@ def test_loads_runs_and_saves_without_the_package(run, tmp_path):
         model.save_pretrained(tmp_path / family)
     done = run(LOAD, *models)
     assert done.returncode == 0, done.stderr
+    assert f"The repository {next(iter(models))} contains custom code" in done.stdout
+    assert done.stdout.endswith("Please pass the argument `trust_remote_code=True` to allow custom code to be run.\n")
     for folder, model in models.items():
         found, want = load_file(folder / "found.safetensors"), model(ids, output_hidden_states=True)
         for name in ("hidden", "hidden_again"):
@@ -94,10 +101,3 @@ def test_loads_runs_and_saves_without_the_package(run, tmp_path):
         back = AutoModelForCausalLM.from_pretrained(folder / "again", trust_remote_code=True)
         assert type(back) is TokenformerForCausalLM, "the package comes before the code in the checkpoint"
         assert torch.equal(back(ids).logits, want.logits)
-
-
-def test_code_nobody_trusted_does_not_run(run, tmp_path):
-    tiny().save_pretrained(tmp_path)
-    done = run(f"from transformers import AutoModelForCausalLM as Auto; Auto.from_pretrained({str(tmp_path)!r})")
-    assert done.returncode == 1 and f"ValueError: The repository {tmp_path} contains custom code" in done.stderr
-    assert done.stderr.endswith("Please pass the argument `trust_remote_code=True` to allow custom code to be run.\n")
