@@ -13,6 +13,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+gc.disable()  # until all is imported: of what modules make, collections free nothing
 
 LONGEST = {"test_docs.py", "test_compare_running.py", "test_train.py"}
 
@@ -27,6 +28,8 @@ def _keep_what_is_imported() -> None:
     """Trainer collects garbage after every training: a second each time, if it looks at all that was imported."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 50)  # Python's own rhythm, 700, takes a tenth of the time that the tests take
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
