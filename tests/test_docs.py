@@ -124,6 +124,8 @@ def project(prepared, tmp_path, monkeypatch):
     """A copy of that folder, where a page may write."""
     monkeypatch.chdir(shutil.copytree(prepared, tmp_path / "project"))
     monkeypatch.setattr("tokenformer.compare.run._default_workers", lambda recipe, devices: 1)  # each imports torch
+    # Pictures are drawn but not written: that takes half of a report's time, and tests/compare does it.
+    monkeypatch.setattr("tokenformer.compare.pictures._rendered", lambda figure: (b"", b""))
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
