@@ -236,6 +236,18 @@ def test_a_stage_may_start_the_optimizer_afresh(content, tmp_path, keep, steps):
     assert load_states(last)["model.embed_tokens.weight"]["step"] == steps
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_weight_decay_does_not_hold_new_tokens_back(optimizer):
+    """Zero keys have nothing to decay: their first step is the same with it and without, bit for bit."""
+    keys = []
+    for weight_decay in (0.0, 0.5):
+        model = tiny()
+        grow(model, ffn_param_tokens="+8", name="more", seed=1)
+        take_steps(model, make_optimizer(model, recipe_of(optimizer, weight_decay=weight_decay).training, {}), steps=1)
+        keys.append(model.model.layers[0].mlp.groups["more"].keys.weight)
+    assert keys[0].any() and torch.equal(*keys)
+
+
 def test_constant_warms_up_over_all_stages_and_holds():
     recipe = recipe_of(schedule="constant", warmup=0.2, learning_rate=0.5)
     rates = [learning_rate(recipe, stage, step) for stage in range(2) for step in range(10)]
