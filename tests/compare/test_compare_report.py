@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from tokenformer import cost
 from tokenformer.compare.accounting import saving
 from tokenformer.compare.chart import interactive_curves
+from tokenformer.compare.conclusions import limits
 from tokenformer.compare.findings import Findings
 from tokenformer.compare.page import Code, Paragraph, Table, html_page, markdown_page, scientific
 from tokenformer.compare.pictures import _spread
@@ -453,6 +454,13 @@ def test_what_results_rest_on_is_tabulated(tmp_path, unrendered):
     small = cost.head_share(AutoConfig.for_model(**run(TRAINED_ON, 0, BUDGETS[0])["config"]), 128)
     assert f"more than 15% of the training FLOPs of {TRAINED_ON} ({small:.0%}): these" in text
     assert f"{SCRATCH} (the attention of block 1 adds 25 × the stream it is added to)." in text
+
+
+def test_rates_that_were_not_tuned_are_told():
+    findings = Findings.of(sound(comparison(THREE[1:], budgets=BUDGETS[:1], learning_rates=[2e-3])))
+    assert findings.doubts(BUDGETS[0]) == ["the learning rates of 2 of 2 arms were not tuned"]
+    _, bullets = limits(findings)
+    assert "No learning rate was tuned: every arm trains with 0.002." in bullets.items
 
 
 @pytest.mark.parametrize(("budgets", "short"), [(BUDGETS, True), ([1e11, 2e11, 3.2e12], False)])

@@ -76,8 +76,10 @@ def test_measuring_changes_nothing_and_leaves_nothing_behind():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.base_model.layers.modules())
 
 
-def test_a_model_without_blocks_has_nothing_that_drowns():
-    assert drowned([]) == []
+def test_what_is_added_to_nothing_drowns_it():
+    silent = {"stream": 0.0, "attention": 0.0, "feed_forward": 0.0}
+    assert drowned([]) == drowned([silent]) == []
+    assert drowned([{**silent, "attention": 0.1}]) == ["the attention of block 1 adds inf × the stream it is added to"]
 
 
 def test_each_arm_has_a_line_of_its_own_in_the_results(tmp_path):

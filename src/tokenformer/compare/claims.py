@@ -6,7 +6,7 @@ that train at the wrong learning rate, or that begin drowned, is often another o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from .page import rounded
@@ -38,28 +38,20 @@ class Ground:
 
 def doubts(arms: Collection[Ground]) -> list[str]:
     """Say why a comparison of these arms is a first look, in parts of a sentence; nothing where it is a claim."""
-    return list(_doubts(arms))
-
-
-def _doubts(arms: Collection[Ground]) -> Iterator[str]:
-    read = [arm.text for arm in arms]
-    if min(read) < ENOUGH_TEXT:
-        span = " to ".join(dict.fromkeys(rounded(number) for number in (min(read), max(read))))
-        yield f"arms read {span} text tokens a parameter, where a claim about quality needs {ENOUGH_TEXT} or more"
-    found = {
-        "were not tuned": [not arm.tuning.runs for arm in arms],
-        "lie at the end of those that were tried": [arm.tuning.end is not None for arm in arms],
-        "are not settled": [arm.tuning.end is None and not arm.tuning.settled for arm in arms],
+    least, most = (rounded(end(arm.text for arm in arms)) for end in (min, max))
+    span = least if least == most else f"{least} to {most}"
+    little = f"arms read {span} text tokens a parameter, where a claim about quality needs {ENOUGH_TEXT} or more"
+    reasons = {
+        little: [arm.text < ENOUGH_TEXT for arm in arms],
+        "the learning rates of {} were not tuned": [not arm.tuning.runs for arm in arms],
+        "the learning rates of {} lie at the end of those that were tried": [
+            arm.tuning.end is not None for arm in arms
+        ],
+        "the learning rates of {} are not settled": [not (arm.tuning.settled or arm.tuning.end) for arm in arms],
+        "the initial scales of {} were not measured": [arm.drowned is None for arm in arms],
+        "parts of {} drown the others at initialisation": [bool(arm.drowned) for arm in arms],
     }
-    for what, each in found.items():
-        if any(each):
-            yield f"the learning rates of {_of(each)} {what}"
-    unknown = [arm.drowned is None for arm in arms]
-    if any(unknown):
-        yield f"the initial scales of {_of(unknown)} were not measured"
-    drowned = [bool(arm.drowned) for arm in arms]
-    if any(drowned):
-        yield f"parts of {_of(drowned)} drown the others at initialisation"
+    return [reason.format(_of(each)) for reason, each in reasons.items() if any(each)]
 
 
 def _of(each: Collection[bool]) -> str:

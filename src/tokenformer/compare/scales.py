@@ -7,6 +7,7 @@ of that rather than what its layers are worth.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,7 +76,9 @@ def drowned(blocks: Sequence[Line]) -> list[str]:
 
 def relative(scales: Line, part: str) -> float:
     """Return what a part of a block adds, in multiples of the stream that enters the block."""
-    return scales[part] / scales["stream"] if scales[part] else 0.0
+    if scales[part] == 0:
+        return 0.0
+    return scales[part] / scales["stream"] if scales["stream"] else math.inf
 
 
 def _size(x: Tensor) -> float:
