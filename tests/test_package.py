@@ -19,7 +19,7 @@ ORDER = [
     ["after_import", "batches", "errors", "quiet", "sections", "units"],
     ["models"],
     ["growth"],
-    ["data", "cost"],
+    ["data", "cost", "law"],
     ["checkpoints", "evaluation", "explain"],
     ["convert", "training"],
     ["compare", "plan", "when_to_grow"],
