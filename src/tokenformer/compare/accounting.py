@@ -66,7 +66,7 @@ def owned(findings: Findings, arm: str) -> Account | None:
     Runs that end before the last growth are of smaller models, and left out. None if nothing trains that size from
     scratch, or it is never as good.
     """
-    twin, whole = scratch_twin(findings, arm), len(findings.recipe.arms[arm].stages)
+    twin, whole = scratch_twin(findings, arm), len(findings.recipe.arms[arm].growths)
 
     def after_growth(line: Line) -> float | None:
         grown = len(line["growths"]) == whole > 0

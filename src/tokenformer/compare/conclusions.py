@@ -7,6 +7,7 @@ from statistics import median
 
 from transformers import AutoConfig
 
+from ..data.section import texts_in
 from ..units import counted
 from .accounting import accounts
 from .arms import Run, segments
@@ -221,7 +222,7 @@ def _dropout(findings: Findings) -> Iterator[str]:
 
 def _grows_after_tuning(recipe: CompareRecipe, arm: str) -> bool:
     run = Run(arm, recipe.seeds[0], recipe.learning_rates[0], recipe.tuning_budget)
-    return sum(segment.growth is not None for segment in segments(recipe, run)) < len(recipe.arms[arm].stages)
+    return sum(segment.growth is not None for segment in segments(recipe, run)) < len(recipe.arms[arm].growths)
 
 
 def _scope(findings: Findings) -> str:
@@ -230,5 +231,5 @@ def _scope(findings: Findings) -> str:
     return (
         f"The results say nothing about more than {findings.at(findings.budgets[-1])}, other models than these of "
         f"{min(sizes):,} to {max(sizes):,} parameters, other contexts than {recipe.training.sequence_length:,} text "
-        f"tokens, or other text than {recipe.data.source}."
+        f"tokens, or other text than {', '.join(texts_in(recipe.data, recipe.other_texts))}."
     )

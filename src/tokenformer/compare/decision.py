@@ -136,7 +136,7 @@ def _tested(several: Sequence[Choice], worth: float) -> str:
 
 
 def _choice(findings: Findings, arm: str, base: str, budget: float) -> Choice | None:
-    at, confidence = findings.recipe.arms[arm].stages[0].at, findings.recipe.rules.confidence
+    at, confidence = findings.recipe.arms[arm].growths[0].at, findings.recipe.rules.confidence
     gain = paired_difference(findings.values(base, budget), findings.values(arm, budget), confidence=confidence)
     slopes = [found for line in findings.runs(base) if (found := _slope(findings, line, at)) is not None]
     if not gain.seeds or not slopes:

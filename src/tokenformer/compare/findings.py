@@ -10,7 +10,6 @@ from typing import Any
 
 from ..errors import EvaluationError, RecipeError
 from ..sections import parse_sections
-from ..training.model import ModelSection
 from ..units import counted
 from .claims import Ground, doubts
 from .page import scientific
@@ -162,7 +161,7 @@ class Findings:
 
     def grown(self, arm: str) -> bool:
         """Tell whether an arm is meant to grow."""
-        return bool(self.recipe.arms[arm].stages)
+        return bool(self.recipe.arms[arm].growths)
 
     def best(self, budget: float, *, grown: bool) -> str | None:
         """Return the arm with the best mean at a budget among those that grow, or those that never do."""
@@ -171,11 +170,12 @@ class Findings:
     def own_base(self, arm: str) -> str | None:
         """Return the never-grown arm that begins with the same model and trains alike: this one, simply trained on."""
 
-        def begins(name: str) -> tuple[ModelSection, dict[str, Any]]:
+        def begins(name: str) -> tuple[Any, ...]:
             training = self.recipe.training_of(name).model_dump(exclude={"keep_optimizer_state"})
-            return self.recipe.arms[name].model, training
+            return self.recipe.arms[name].model, self.recipe.arms[name].data, training
 
-        return next((a for a in self.arms if not self.grown(a) and a != arm and begins(a) == begins(arm)), None)
+        plain = (a for a in self.arms if not self.recipe.arms[a].stages and a != arm)
+        return next((a for a in plain if begins(a) == begins(arm)), None)
 
     def budgets_of(self, arm: str) -> list[float]:
         """Return the budgets that an arm has results at, smallest first."""

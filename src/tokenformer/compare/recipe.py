@@ -84,12 +84,17 @@ class Arm(Section):
     """`architecture` (tokenformer, gpt_neox, …) and fields of its configuration in transformers' names; the vocabulary
     comes from the tokenizer, the context from `training.sequence_length`, and embeddings are tied unless it says so."""
     stages: list[ArmStage] = Field([])
-    """How it grows, in order; none: it never does."""
+    """How it grows, or what else changes, in order; none: nothing does."""
     training: dict[str, Any] = Field({})
     """Fields of `training` that differ for this arm."""
     data: TextSection | None = None
     """What it reads instead of `data`, a source or a mixture; what is held out to tune and to report is the same for
     all arms."""
+
+    @property
+    def growths(self) -> list[ArmStage]:
+        """Those of its stages at which the model grows."""
+        return [stage for stage in self.stages if stage.grows]
 
 
 class Rules(Section):

@@ -16,6 +16,7 @@ from .conclusions import answer, limits, verdicts
 from .conditions import conditions
 from .decision import decision
 from .findings import Findings
+from .forgetting import forgetting
 from .page import Bullets, Code, Element, Folded, Heading, Picture, html_page, markdown_page
 from .pictures import draw_curves, draw_differences
 from .results import MAY_GAIN, Line
@@ -59,6 +60,7 @@ def report(findings: Findings) -> Iterator[Element]:
     yield from more_pictures(findings)
     yield from results(findings)
     yield from scaling(findings)
+    yield from forgetting(findings)
     yield from savings(findings)
     yield from decision(findings)
     yield from growths(findings)
