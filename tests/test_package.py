@@ -19,10 +19,10 @@ ORDER = [
     ["after_import", "batches", "errors", "quiet", "sections", "units"],
     ["models"],
     ["growth"],
-    ["data", "cost"],
+    ["data", "cost", "law"],
     ["checkpoints", "evaluation", "explain"],
     ["convert", "training"],
-    ["compare", "plan", "when_to_grow"],
+    ["compare", "plan", "when_to_grow", "advise"],
     ["cli", "__main__"],
 ]
 
@@ -245,7 +245,7 @@ def test_command_line_is_pinned():
         ],
         "compare": ["--json", "--output", "--workers", "-o", "RECIPE"],
         "report": ["--json", "--output", "-o", "RESULTS"],
-        "plan": ["--json", "PLAN"],
+        "plan": ["--budget", "--json", "--run", "PLAN"],
         "push": ["--license", "--private", "CHECKPOINT", "REPOSITORY"],
         "convert official": ["--config", "--force", "--output", "--tokenizer", "-o", "WEIGHTS"],
         "convert transformer": ["--force", "--output", "-o", "CHECKPOINT"],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import RecipeError
 from .arguments import Json, Results, check_recipe
 from .console import make_console
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from ..plan import Cost, Plan
 
 comparisons = typer.Typer()
+
+
+def _given_recipe(path: Path | None) -> Path | None:
+    return None if path is None else check_recipe(path)
 
 
 @comparisons.command()
@@ -65,14 +70,28 @@ def report(
 @comparisons.command("plan")
 def show_plan(
     plan: Annotated[
-        Path, typer.Argument(help="YAML file; recipes/plan/paper.yaml is one.", metavar="PLAN", callback=check_recipe)
-    ],
+        Path | None,
+        typer.Argument(help="YAML file; recipes/plan/paper.yaml is one.", metavar="PLAN", callback=_given_recipe),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Instead of a plan: folder of a training run, or of a checkpoint.")
+    ] = None,
+    budget: Annotated[float | None, typer.Option(help="Training FLOPs to spend on it from now on.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what growing costs beside training from scratch. In FLOPs, memory, hours and money."""
+    """Say what growing costs beside training from scratch. Or whether to train a run on, grow it or start over."""
+    if (plan is None) == (run is None) or (run is None) != (budget is None):
+        raise RecipeError(
+            "give either a plan, as in `tokenformer plan recipes/plan/paper.yaml`, or a trained model and what to "
+            "spend on it, as in `tokenformer plan --run runs/small --budget 1e15`"
+        )
+    if run is not None and budget is not None:
+        _advise(run, budget, as_json)
+        return
     from ..plan import conclusions, read_plan
     from .tables import cost_table, published_table, total_table
 
+    assert plan is not None
     content, console = read_plan(plan), make_console()
     if as_json:
         typer.echo(json.dumps(_plan_facts(content), ensure_ascii=False))
@@ -95,6 +114,27 @@ def show_plan(
         console.print(sentence, markup=False)
 
 
+def _advise(run: Path, budget: float, as_json: bool) -> None:
+    """Say what to do with a trained model."""
+    from ..advise import Trained, advise, sentences
+    from ..law import Knowledge
+    from .tables import advice_table
+
+    knowledge, model = Knowledge.read(), Trained.read(run)
+    advice = advise(model, budget, knowledge)
+    said = list(sentences(model, advice, knowledge))
+    if as_json:
+        facts = ("what", "grown", "rate", "after", "parameters", "text_tokens", "bits_per_byte", "interval", "beyond")
+        options = [{fact: getattr(option, fact) for fact in facts} for option in advice.options]
+        best = next((i for i, option in enumerate(advice.options) if option is advice.best), None)
+        typer.echo(json.dumps({"options": options, "best": best, "conclusions": said}, ensure_ascii=False))
+        return
+    console = make_console()
+    console.print(advice_table(advice))
+    for sentence in said:
+        console.print(sentence, markup=False, highlight=False)
+
+
 def _report(lines: list[dict[str, Any]], page: Path, as_json: bool) -> None:
     """Say where the report is; for machines, with what each final run found."""
     if as_json:
@@ -109,7 +149,7 @@ def _report(lines: list[dict[str, Any]], page: Path, as_json: bool) -> None:
 def _plan_facts(plan: "Plan") -> dict[str, Any]:
     from ..plan import conclusions
 
-    def facts(cost: Cost) -> dict[str, Any]:
+    def facts(cost: "Cost") -> dict[str, Any]:
         device_hours = plan.hardware.device_hours
         hours = {
             "device_hours": device_hours(cost.training_flops),

@@ -13,6 +13,7 @@ from rich.table import Table
 from ..units import amount, scientific, short
 
 if TYPE_CHECKING:
+    from ..advise import Advice
     from ..checkpoints.lineage import Lineage
     from ..plan import Plan
 
@@ -173,6 +174,25 @@ def published_table(plan: Plan) -> Table:
                 rows.append((c.label, own, published, so_far, amount(c.total_published_hours), implied))
     numbers = ("computed", "published", "computed\nso far", "published\nso far", "implied\nutilisation")
     return tabulate(("model",), numbers, rows, "Device hours")
+
+
+def advice_table(advice: Advice) -> Table:
+    """Tabulate what could be done with a budget; `?` marks what lies beyond the comparisons."""
+    rows = [
+        (
+            option.what + ("?" if option.beyond else ""),
+            ", ".join(f"{name.removesuffix('_param_tokens')} +{percent}%" for name, percent in option.grown.items()),
+            f"{option.after:.0%}" if option.what == "grow" else "",
+            short(option.parameters),
+            short(option.text_tokens),
+            f"{option.bits_per_byte:.3f}",
+            "{:.3f}–{:.3f}".format(*option.interval),
+        )
+        for option in advice.options
+    ]
+    heads = ("after", "params", "text", "bits/byte", "interval")
+    note = "; ? beyond the comparisons" if any(option.beyond for option in advice.options) else ""
+    return tabulate(("do", "add"), heads, rows, f"What the budget should come to{note}")
 
 
 def _loss(value: float | None) -> str:

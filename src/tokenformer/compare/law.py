@@ -12,11 +12,11 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ..errors import EvaluationError, MissingExtraError
+from ..law import Constants, Law, loss_of, middle
 from ..units import counted
 
 try:
@@ -32,9 +32,6 @@ _HUBER = 0.01
 _EXPONENTS = (0.01, 2.0)
 _GRID = np.geomspace(0.05, 1.0, 9)
 _RESAMPLES = 200
-
-Values = Any  # a number, or an array of them
-Constants = tuple[float, float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -52,53 +49,6 @@ class Point:
     text_tokens: float
     loss: float
     seed: int
-
-
-@dataclass(frozen=True)
-class Law:
-    """A fitted law.
-
-    Attributes:
-        E: bits per byte that neither size nor text takes away.
-        A, alpha: of the parameters.
-        B, beta: of the text tokens.
-        intervals: of each of these by name, from refits to resampled seeds.
-        parameters, text_tokens: smallest and largest that it was fitted to; beyond them it is an extrapolation.
-        refits: the constants E, A, alpha, B, beta of each refit.
-        spread: standard deviation of what single runs differ by from the law, in the logarithm of their loss.
-        confidence: of all intervals.
-        tail: share of the refits that lies beyond either end of an interval.
-    """
-
-    E: float
-    A: float
-    alpha: float
-    B: float
-    beta: float
-    intervals: dict[str, tuple[float, float]]
-    parameters: tuple[float, float]
-    text_tokens: tuple[float, float]
-    refits: tuple[Constants, ...]
-    spread: float
-    confidence: float
-    tail: float
-
-    def loss(self, parameters: float, text_tokens: float) -> float:
-        """Return the bits per byte to expect of a model of this size after this text."""
-        return float(_loss((self.E, self.A, self.alpha, self.B, self.beta), parameters, text_tokens))
-
-    def interval(self, parameters: float, text_tokens: float) -> tuple[float, float]:
-        """Return the bits per byte between which one more run should come out, by chance and what is unsure here."""
-        several = np.array([_loss(constants, parameters, text_tokens) for constants in self.refits])
-        noise = self.spread * np.random.default_rng(0).standard_normal((100, 1))
-        return _middle(several * np.exp(noise), self.tail)
-
-    def knows(self, parameters: float, text_tokens: float) -> bool:
-        """Tell whether a size and a text lie within those that the law was fitted to."""
-        return all(
-            low <= value <= high
-            for value, (low, high) in ((parameters, self.parameters), (text_tokens, self.text_tokens))
-        )
 
 
 def fit(points: Sequence[Point], *, confidence: float = 0.95) -> Law:
@@ -130,14 +80,14 @@ def fit(points: Sequence[Point], *, confidence: float = 0.95) -> Law:
             for seed in random.choice(sorted(curves), size=len(curves) - 1)
         ]
         refits.append(_fitted([point for curve in drawn for point in curve], start=constants))
-    residuals = [math.log(p.loss / _loss(constants, p.parameters, p.text_tokens)) for p in points]
+    residuals = [math.log(p.loss / loss_of(constants, p.parameters, p.text_tokens)) for p in points]
     degrees = sum(len(curves) - 1 for curves in sizes.values())
     tail = float(stats.norm.cdf(-stats.t.ppf((1 + confidence) / 2, degrees)))
     names = ("E", "A", "alpha", "B", "beta")
     return Law(
         **dict(zip(names, constants, strict=True)),
         intervals={
-            n: _middle(np.array(values), tail) for n, values in zip(names, zip(*refits, strict=True), strict=True)
+            n: middle(np.array(values), tail) for n, values in zip(names, zip(*refits, strict=True), strict=True)
         },
         parameters=(min(sizes), max(sizes)),
         text_tokens=(min(p.text_tokens for p in points), max(p.text_tokens for p in points)),
@@ -174,7 +124,7 @@ def _fitted(points: Sequence[Point], *, start: Constants | None = None) -> Const
     sizes, texts = sizes / size, texts / text
 
     def residuals(constants: Constants) -> np.ndarray:
-        return np.log(_loss(constants, sizes, texts) / losses)
+        return np.log(loss_of(constants, sizes, texts) / losses)
 
     if start is None:
         begin = min(
@@ -201,13 +151,3 @@ def _linear(sizes: np.ndarray, texts: np.ndarray, losses: np.ndarray, alpha: flo
     terms = np.stack([np.ones_like(sizes), sizes**-alpha, texts**-beta], axis=1)
     E, A, B = (max(float(x), 1e-3) for x in optimize.nnls(terms / losses[:, None], np.ones_like(losses))[0])
     return E, A, alpha, B, beta
-
-
-def _loss(constants: Constants, parameters: Values, text_tokens: Values) -> Values:
-    E, A, alpha, B, beta = constants
-    return E + A / parameters**alpha + B / text_tokens**beta
-
-
-def _middle(values: np.ndarray, tail: float) -> tuple[float, float]:
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
