@@ -2,55 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from transformers import AutoConfig
-
-from .. import cost
 from ..errors import EvaluationError
+from ..law import Law
 from .findings import Findings
-from .law import SIZES, Law, Point, fit
+from .law import SIZES, fit
 from .page import Element, Heading, Paragraph, Table, scientific
-
-# Fields of a model that say how large it is, and not of what kind.
-_SIZES = (
-    "preset",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "qkv_param_tokens",
-    "output_param_tokens",
-    "ffn_param_tokens",
-)
-
-
-def family(findings: Findings) -> list[str]:
-    """Return the largest set of arms that never grow and differ in size alone, in the recipe's order."""
-    sets: dict[str, list[str]] = defaultdict(list)
-    for arm in findings.arms:
-        content = findings.recipe.arms[arm]
-        if not content.stages:
-            rest = {f: v for f, v in content.model.model_dump(exclude_unset=True).items() if f not in _SIZES}
-            sets[repr((sorted(rest.items()), sorted(content.training.items()), content.data))].append(arm)
-    return max(sets.values(), key=len, default=[])
-
-
-def points(findings: Findings, arms: Sequence[str]) -> list[Point]:
-    """Return the ends of all final runs of some arms that never grow, for a law."""
-    return [
-        Point(
-            cost.block_parameters(AutoConfig.for_model(**line["config"])),
-            line["text_tokens"],
-            line["bits_per_byte"],
-            seed,
-        )
-        for arm in arms
-        for budget in findings.budgets_of(arm)
-        for seed, line in sorted(findings.finals[arm, budget].items())
-    ]
+from .transfer import family, points
 
 
 def scaling(findings: Findings) -> Iterator[Element]:

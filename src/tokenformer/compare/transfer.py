@@ -68,7 +68,7 @@ def family(findings: Findings) -> list[str]:
         content = findings.recipe.arms[arm]
         if not content.stages:
             rest = {f: v for f, v in content.model.model_dump(exclude_unset=True).items() if f not in _SIZES}
-            sets[repr((sorted(rest.items()), sorted(content.training.items())))].append(arm)
+            sets[repr((sorted(rest.items()), sorted(content.training.items()), content.data))].append(arm)
     return max(sets.values(), key=len, default=[])
 
 
