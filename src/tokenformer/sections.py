@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,6 +19,8 @@ class Section(BaseModel):
     """Part of a recipe: no unknown keys, a docstring under each field as its help text."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+    renamed: ClassVar[dict[str, str]] = {}
+    """New names of fields by their old ones, which are refused."""
 
 
 S = TypeVar("S", bound=Section)
@@ -89,8 +91,10 @@ def _describe(kind: type[BaseModel], problem: Any) -> str:
         for part in problem["loc"][:-1]:
             if section is not None and isinstance(part, str) and part in section.model_fields:
                 section = _section(section.model_fields[part].annotation)
-        known = list((section or kind).model_fields)
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        known, name = list((section or kind).model_fields), str(problem["loc"][-1])
+        if new := getattr(section or kind, "renamed", {}).get(name):
+            return f"unknown key {key!r}; it is called {new!r} now"
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {key!r}; {hint}"
     if problem["type"] == "missing":

@@ -37,7 +37,7 @@ def neox(**changes):
 CASES = {
     "exact": (tokenformer, {**COUNTS, "num_hidden_layers": 3}),
     "exact neox": (neox, {"ffn_param_tokens": "+16", "num_hidden_layers": 4}),
-    "exact per group": (tokenformer, {"ffn_param_tokens": "+16", "token_group_norm": "per_group"}),
+    "exact per group": (tokenformer, {"ffn_param_tokens": "+16", "norm": "per_group"}),
     "random_keys": (tokenformer, COUNTS),
     "random_keys on linear maps": (lambda: tokenformer(family="ffn"), {"qkv_param_tokens": 16}),
     "recomputed_tau": (tokenformer, COUNTS),

@@ -94,8 +94,16 @@ def test_a_plus_is_harmless_where_a_number_is_wanted(tmp_path):
             "\n  stages.0 grows, but the first stage trains `model`: put its sizes there",
         ),
         (
-            changed(stages=[{"text_tokens": 1}, {"text_tokens": 1, "group": "new"}]),
-            "\n  stages.1 names group 'new' but adds no parameter tokens",
+            changed(stages=[{"text_tokens": 1}, {"text_tokens": 1, "name": "new"}]),
+            "\n  stages.1 names a token group 'new' but adds no parameter tokens",
+        ),
+        (
+            changed(stages=[{"text_tokens": 1, "group": "new"}]),
+            "unknown key 'stages.0.group'; it is called 'name' now",
+        ),
+        (
+            changed(stages=[{"text_tokens": 1, "token_group_norm": "joint"}]),
+            "unknown key 'stages.0.token_group_norm'; it is called 'norm' now",
         ),
         (
             changed(model={"preset": "1m-ffn", "hidden_size": 64, "checkpoint": "c"}),
@@ -122,7 +130,7 @@ def test_every_problem_is_told_at_once_with_the_file(tmp_path):
 def test_the_first_stage_may_grow_a_checkpoint():
     recipe = parse_recipe(changed(model={"checkpoint": "c"}) | {"model": {"checkpoint": "c"}})
     assert recipe.model.checkpoint == "c"
-    grown = [{"text_tokens": 1, "ffn_param_tokens": "+50%", "group": "new"}]
+    grown = [{"text_tokens": 1, "ffn_param_tokens": "+50%", "name": "new"}]
     recipe = parse_recipe(changed(stages=grown) | {"model": {"checkpoint": "c"}})
     assert recipe.stages[0].growth == {"ffn_param_tokens": "+50%", "name": "new"}
 

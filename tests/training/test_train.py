@@ -58,7 +58,7 @@ def content(text):
         },
         "stages": [
             {"text_tokens": 1300},
-            {"text_tokens": 1300, "ffn_param_tokens": "+50%", "num_hidden_layers": 3, "group": "more"},
+            {"text_tokens": 1300, "ffn_param_tokens": "+50%", "num_hidden_layers": 3, "name": "more"},
             {"text_tokens": 1300, "qkv_param_tokens": "+8", "output_param_tokens": 8, "frozen": ["base", "embedding"]},
         ],
     }

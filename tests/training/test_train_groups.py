@@ -89,7 +89,7 @@ def test_only_the_new_neurons_of_an_ordinary_checkpoint_train(llama, text, tmp_p
 
 
 def test_an_interrupted_run_of_an_ordinary_checkpoint_resumes_to_the_same_bits(llama, text, tmp_path):
-    content = recipe(llama / "grown", text, ffn_param_tokens="+8", group="more", frozen=["base", "grown1"])
+    content = recipe(llama / "grown", text, ffn_param_tokens="+8", name="more", frozen=["base", "grown1"])
     (whole,) = train(content, tmp_path / "whole")
 
     def interrupt(event):

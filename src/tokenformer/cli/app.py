@@ -158,7 +158,8 @@ def evaluate(
     from ..checkpoints.checkpoint import load_checkpoint
     from ..errors import EvaluationError, TokenizerError
     from ..evaluation import default_block_length, evaluate_tasks, evaluate_text
-    from ..training.recipe import parse_recipe
+    from ..sections import parse_sections
+    from ..training.recipe import TrainingSection
     from .tables import task_table, text_table
 
     if not text and not tasks:
@@ -170,7 +171,9 @@ def evaluate(
     model.to(torch.accelerator.current_accelerator() or "cpu")
     length, texts, measured = 0, [], {}
     if text:
-        trained = parse_recipe(lineage.last_recipe).training.sequence_length if lineage.last_recipe else None
+        recipe = lineage.last_recipe  # may be of an earlier version, whose stages had other fields
+        training = parse_sections(TrainingSection, recipe.get("training", {}), where="lineage.json") if recipe else None
+        trained = training.sequence_length if training else None
         length = sequence_length or trained or default_block_length(model.config)
         for source in text:
             found = evaluate_text(model, tokenizer, source, block_length=length, batch_size=batch_size)

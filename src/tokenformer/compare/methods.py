@@ -79,14 +79,12 @@ def grow_by(model: PreTrainedModel, states: OptimizerState, method: str, *, seed
         return row.grow(model, states_by_group(model, states), **asked)
 
 
-def _exact(
-    model: PreTrainedModel, states: OptimizerState, *, token_group_norm: str | None = None, **amounts: Any
-) -> Grown:
+def _exact(model: PreTrainedModel, states: OptimizerState, **growth: Any) -> Grown:
     """`tokenformer.grow`: bit for bit the same outputs.
 
     Of a GPT-NeoX: neurons whose output columns are zero; blocks whose last maps are zero (LLaMA Pro, arXiv 2401.02415).
     """
-    return model, grow_with_states(model, states, norm=token_group_norm, **amounts)
+    return model, grow_with_states(model, states, **growth)
 
 
 def _departing(
@@ -250,7 +248,7 @@ def _fresh(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 METHODS: dict[str, Method] = {
-    "exact": Method(_exact, (*_TOKENS, "num_hidden_layers", "token_group_norm"), _BOTH),
+    "exact": Method(_exact, (*_TOKENS, "num_hidden_layers", "norm"), _BOTH),
     "random_keys": Method(partial(_departing, random_keys=True, recomputed_tau=False), _TOKENS, _TOKENFORMER),
     "recomputed_tau": Method(partial(_departing, random_keys=False, recomputed_tau=True), _TOKENS, _TOKENFORMER),
     "published": Method(partial(_departing, random_keys=True, recomputed_tau=True), _TOKENS, _TOKENFORMER),

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -120,6 +120,7 @@ class TrainingSection(Section):
 class Stage(Section):
     """One growth stage: grow (all but the first may), then train."""
 
+    renamed: ClassVar[dict[str, str]] = {"group": "name", "token_group_norm": "norm"}
     text_tokens: int = Field(gt=0)
     """Text tokens to train on in this stage, rounded up to whole optimizer steps."""
     data: TextSection | None = None
@@ -138,11 +139,11 @@ class Stage(Section):
     """Grow the feed-forward likewise."""
     num_hidden_layers: Amount | None = None
     """Insert blocks up to this depth, likewise."""
-    group: str | None = None
-    """Name of the token group that growing adds. Default: grown1, grown2, …."""
+    name: str | None = None
+    """Of the token group that growing adds. Default: grown1, grown2, …."""
     learning_rate: float | None = Field(None, gt=0)
     """Peak learning rate of this stage. Default: training.learning_rate."""
-    token_group_norm: Literal["joint", "per_group"] | None = None
+    norm: Literal["joint", "per_group"] | None = None
     """What the scores of a token group are normalised with, chosen while there is one: those of all, or its own."""
     frozen: list[str] | None = None
     """What does not train in this stage: names of token groups, "embedding" (with the output head), "final_norm",
@@ -161,8 +162,8 @@ class Stage(Section):
         """Keyword arguments for `grow`; empty where this stage does not grow."""
         fields = {"preset", "qkv_param_tokens", "output_param_tokens", "ffn_param_tokens", "num_hidden_layers"}
         asked = self.model_dump(include=fields, exclude_none=True)
-        norm = {"norm": self.token_group_norm} if self.token_group_norm else {}
-        return {**asked, "name": self.group, **norm} if asked else {}
+        norm = {"norm": self.norm} if self.norm else {}
+        return {**asked, "name": self.name, **norm} if asked else {}
 
 
 class Recipe(Section):
@@ -184,8 +185,8 @@ class Recipe(Section):
         if self.stages[0].growth and self.model.checkpoint is None:
             raise ValueError("stages.0 grows, but the first stage trains `model`: put its sizes there")
         for i, stage in enumerate(self.stages):
-            if stage.group is not None and not stage.growth:
-                raise ValueError(f"stages.{i} names group {stage.group!r} but adds no parameter tokens")
+            if stage.name is not None and not stage.growth:
+                raise ValueError(f"stages.{i} names a token group {stage.name!r} but adds no parameter tokens")
         return self
 
     @model_validator(mode="after")
