@@ -116,8 +116,11 @@ def __getattr__(name: str) -> Any:
 
         value: Any = version(__name__)
     elif name in __all__:
+        from .quiet import without_logs
+
         module, _, attribute = _HOMES.get(name, f"errors.{name}").rpartition(".")
-        value = getattr(import_module(f".{module}", __name__), attribute)
+        with without_logs():
+            value = getattr(import_module(f".{module}", __name__), attribute)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

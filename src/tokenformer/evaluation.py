@@ -17,6 +17,7 @@ from .checkpoints.checkpoint import check_tokenizer
 from .data.blocks import pack, utf8_bytes
 from .data.sources import load_documents
 from .errors import EvaluationError, MissingExtraError, first_line
+from .quiet import without_bars
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def evaluate(
     return Evaluation(total / count, total / math.log(2) / num_bytes, count)
 
 
+@without_bars()
 def evaluate_text(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -25,6 +28,38 @@ def quietly(rank: int, module: str, function: str, *arguments: Any) -> None:
     """Call a function of a module, in a process that has just begun, before what it imports can write anything."""
     quiet_libraries()
     getattr(import_module(module), function)(rank, *arguments)
+
+
+@contextmanager
+def without_logs() -> Iterator[None]:
+    """Keep what others log up to warnings to themselves within the context: some do as they are imported."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers and datasets from drawing bars within the context, or the function that it decorates."""
+    from transformers.utils import logging as transformers_logging
+
+    datasets = sys.modules.get("datasets")  # which draws none where nobody has imported it
+    one = transformers_logging.is_progress_bar_enabled()
+    other = datasets is not None and not datasets.are_progress_bars_disabled()
+    if one:
+        transformers_logging.disable_progress_bar()
+    if datasets is not None and other:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if one:
+            transformers_logging.enable_progress_bar()
+        if datasets is not None and other:
+            datasets.enable_progress_bars()
 
 
 def _quiet_transformers() -> None:

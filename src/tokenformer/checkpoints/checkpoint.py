@@ -36,6 +36,7 @@ from ..growth.architectures import ARCHITECTURES, architecture_of, frozen_names
 from ..growth.freeze import freeze
 from ..growth.neurons import group_neurons
 from ..growth.select import shrink
+from ..quiet import without_bars
 from .card import model_card
 from .files import add_file, replacing_folder, sync
 from .lineage import Lineage
@@ -59,6 +60,7 @@ Weights = Callable[[Sequence[str]], dict[str, Tensor]]
 OnProgress = Callable[[int, int], None]
 
 
+@without_bars()
 def save_checkpoint(
     path: str | Path,
     model: PreTrainedModel,
@@ -170,6 +172,7 @@ def _add_older_rope_fields(file: Path) -> None:
     file.write_text(json.dumps(dict(sorted((fields | older).items())), indent=2) + "\n", encoding="utf-8")
 
 
+@without_bars()
 def load_checkpoint(
     path: str | Path, *, dtype: torch.dtype | None = None, keep: float = 1.0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, Lineage]:

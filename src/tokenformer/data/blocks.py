@@ -15,6 +15,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
+from ..quiet import without_bars
 from .cache import cached
 from .sources import Documents, load_documents, texts_of
 
@@ -47,6 +48,7 @@ def pack(
     return cached(_text_blocks, arguments, BLOCK_FEATURES, key=key)
 
 
+@without_bars()
 def text_blocks(
     source: str | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,

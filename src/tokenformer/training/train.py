@@ -21,6 +21,7 @@ from ..checkpoints.lineage import Lineage
 from ..checkpoints.optimizer import OptimizerState, load_states
 from ..data.text import TextData
 from ..errors import CheckpointError, DataError
+from ..quiet import without_bars
 from .lock import locked
 from .log import Log, OnEvent, read_log
 from .partial import unfinished
@@ -30,6 +31,7 @@ from .settings import stage_settings
 from .stage import run_stage
 
 
+@without_bars()
 def train(
     recipe: Recipe | str | Path | dict[str, Any],
     folder: str | Path,
