@@ -32,6 +32,14 @@ def _keep_what_is_imported() -> None:
     gc.enable()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _wait_for_no_disk() -> Iterator[None]:
+    """A save waits for the disk a dozen times, a tenth of a second in all; no test cuts the power to see why."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which refuses what is not open, too
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
