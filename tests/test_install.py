@@ -84,6 +84,7 @@ def test_the_workflow_makes_what_ci_makes_on_every_python():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # pip writes a gigabyte, and took a quarter of an hour on two busy cores
 def test_pip_alone_gives_a_package_that_trains(tmp_path):
     """The workflow's commands, in an environment that holds nothing else."""
     venv.create(tmp_path / "bare", with_pip=True)
