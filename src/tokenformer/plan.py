@@ -6,7 +6,6 @@ A YAML file is a `Plan`, field for field; recipes/plan/paper.yaml is one.
 from __future__ import annotations
 
 import dataclasses
-import math
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -20,7 +19,6 @@ from .sections import Section, read_sections
 from .training.log import read_log
 from .training.model import ModelSection
 from .units import scientific, short
-from .when_to_grow import WORTH_OF_PARAMETERS, Bargain, held_curve, slope
 
 
 class Device(NamedTuple):
@@ -244,20 +242,6 @@ class Plan(Section):
                 raise ValueError(f"grown.1 has no more parameters in its blocks than {self.grown[0].run}")
         return self
 
-    def bargain(self) -> Bargain | None:
-        """Say what growing to the second model gives and takes, beside training the run's own model on for its FLOPs.
-
-        None if the run's log does not tell what it gains in a doubling of its text.
-        """
-        run, after = self.grown[0], self.grown_costs[1]
-        curve = held_curve(run.events)
-        found = slope(curve, curve[-1][0]) if curve and curve[-1][0] >= run.text / 2 else None
-        if found is None:
-            return None
-        trained_on = run.text + after.training_flops / cost.training_flops(run.config, self.context)
-        sizes = [cost.block_parameters(config) for config in (run.config, self.grown[1].config)]
-        return Bargain(found, math.log2(sizes[1] / sizes[0]), math.log2(trained_on / after.total_text_tokens))
-
 
 def read_plan(path: str | Path) -> Plan:
     """Read a YAML plan; errors as in `recipe.read_sections`."""
@@ -295,7 +279,11 @@ def conclusions(plan: Plan) -> list[str]:
             "A plan cannot say which of them is better then; `tokenformer compare` measures it.",
         ]
     if plan.grown[0].run and len(plan.grown) > 1:
-        said.append(_advice(plan))
+        budget = scientific(plan.grown_costs[1].training_flops)
+        said.append(
+            f"Whether to grow {plan.grown[0].run} now, later or not at all for as many FLOPs, "
+            f"`tokenformer plan --run {plan.grown[0].run} --budget {budget}` weighs."
+        )
     implied = [c.implied_utilisation for c in costs if c.implied_utilisation is not None]
     if implied:
         said.append(
@@ -303,27 +291,6 @@ def conclusions(plan: Plan) -> list[str]:
             "number if they were proportional to these FLOPs."
         )
     return said
-
-
-def _advice(plan: Plan) -> str:
-    bargain, run = plan.bargain(), plan.grown[0].run
-    if bargain is None:
-        return (
-            f"It cannot be told whether to grow now: the evaluations of {run} at its full learning rate do not span "
-            "its last doubling of text. Train with schedule constant or wsd, and larger evaluations_per_stage."
-        )
-    if bargain.slope <= 0:
-        return f"It cannot be told whether to grow now: {run} gained nothing in its last doubling of text."
-    first, second = plan.grown_costs[:2]
-    soon = second.training_flops < first.training_flops
-    return (
-        f"{'Grow now' if bargain.pays() else 'Train on'}: {run} gains {bargain.slope:.3f} bits per byte "
-        f"in a doubling of its text. For the same FLOPs, growing to {plan.grown_costs[1].label} gives up "
-        f"{bargain.text:.2f} doublings of text for {bargain.parameters:.2f} doublings of parameters, at "
-        f"{bargain.price:.4f} bits per byte for each. In this project's comparisons each was worth "
-        f"{WORTH_OF_PARAMETERS} (docs/compare.md says how far to trust that"
-        f"{'; none of them tried so short a stage after growing' if soon else ''})."
-    )
 
 
 def _cost(plan: Plan, run: PlannedModel, before: Cost | None) -> Cost:

@@ -14,7 +14,6 @@ from ..units import counted
 from .chart import interactive_curves
 from .conclusions import answer, limits, verdicts
 from .conditions import conditions
-from .decision import decision
 from .findings import Findings
 from .forgetting import forgetting
 from .page import Bullets, Code, Element, Folded, Heading, Picture, html_page, markdown_page
@@ -62,7 +61,6 @@ def report(findings: Findings) -> Iterator[Element]:
     yield from scaling(findings)
     yield from forgetting(findings)
     yield from savings(findings)
-    yield from decision(findings)
     yield from growths(findings)
     yield from attention(findings)
     yield from equality(findings)
