@@ -271,7 +271,7 @@ def _preset_totals(config: PreTrainedConfig, preset: str) -> dict[str, Amount | 
                 "adds parameter tokens and blocks and keeps all else: choose a preset that fits the model, or give "
                 "totals"
             )
-    return {f: sizes[f] for f in (*(f"{p}_param_tokens" for p in PROJECTIONS), "num_hidden_layers")}
+    return {f: int(sizes[f]) for f in (*(f"{p}_param_tokens" for p in PROJECTIONS), "num_hidden_layers")}
 
 
 def _group_name(config: PreTrainedConfig, name: str | None) -> str:

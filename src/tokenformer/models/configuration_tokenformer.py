@@ -240,7 +240,7 @@ class TokenformerConfig(PreTrainedConfig):
         return cls(**{**preset_sizes(name), **overrides})
 
 
-def preset_sizes(name: str) -> dict[str, int]:
+def preset_sizes(name: str) -> Mapping[str, float]:
     """Return the fields of a preset.
 
     Raises:
@@ -307,6 +307,6 @@ _PAPER_PRESETS = {
 }
 _FFN_PRESETS = {f"{name}-ffn": _ffn_family(preset) for name, preset in _PAPER_PRESETS.items()}
 # The base recipe of docs/compare.md: sound scales from the first step, and a head of its own.
-_MODERN = {"use_embedding_norm": True, "output_initializer_range": 0, "tie_word_embeddings": False}
+_MODERN = {"use_embedding_norm": True, "output_initializer_range": 0.0, "tie_word_embeddings": False}
 _MODERN_PRESETS = {f"{name}-modern": {**_ffn_family(preset), **_MODERN} for name, preset in _PAPER_PRESETS.items()}
-PRESETS: dict[str, dict[str, int]] = _PAPER_PRESETS | _FFN_PRESETS | _MODERN_PRESETS
+PRESETS: Mapping[str, Mapping[str, float]] = {**_PAPER_PRESETS, **_FFN_PRESETS, **_MODERN_PRESETS}
