@@ -27,7 +27,18 @@ S = TypeVar("S", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads +256 as the text "+256", an addition, where YAML's integers would lose the sign."""
+    """Reads +256 as the text "+256", an addition, where YAML's integers would lose the sign.
+
+    A key that is written twice is refused, where YAML would forget the first.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.MarkedYAMLError(problem=f"{twice!r} is written twice", problem_mark=node.start_mark)
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {c: r for c, r in yaml.SafeLoader.yaml_implicit_resolvers.items() if c != "+"}
@@ -128,4 +139,6 @@ def _type_name(annotation: Any) -> str:
     if typing.get_origin(annotation) is Literal:
         return " or ".join(str(a) for a in typing.get_args(annotation))
     names = {str: "text", int: "integer", float: "number", bool: "true or false"}
-    return names.get(annotation, str(annotation).replace("typing.", "").replace("str", "text"))
+    return names.get(
+        annotation, str(annotation).replace("typing.", "").replace("str", "text").replace("float", "number")
+    )

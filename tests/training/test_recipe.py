@@ -139,6 +139,7 @@ def test_the_first_stage_may_grow_a_checkpoint():
     ("text", "message"),
     [
         ("model: [", "r.yaml is not valid YAML: "),
+        ("data:\n  mixture: {a: 1, b: 2, a: 3}", r"not valid YAML: 'a' is written twice\n.*line 2, column 12"),
         ("a: \x07", "r.yaml is not valid YAML: "),
         ("model: !!python/name:os.system", "r.yaml is not valid YAML: "),
         ("é: 1".encode("latin1"), "cannot read recipe .*r.yaml: not UTF-8 text"),

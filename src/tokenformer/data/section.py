@@ -88,7 +88,7 @@ class TextSection(Section):
     source: str | list[str] | None = None
     """"shakespeare", "python-stdlib", a file, folder, glob, .jsonl, .parquet, a dataset name, or a list."""
     mixture: dict[str, PartSection] = Field({})
-    """Instead: several texts by name, with their weights."""
+    """Instead: several texts by name, each with its weight, as in {new: 0.9, old: 0.1}, or with the fields below."""
 
     @model_validator(mode="after")
     def _one_of_both(self) -> TextSection:
