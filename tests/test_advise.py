@@ -12,7 +12,7 @@ from tokenformer.advise import Trained, advise, sentences
 from tokenformer.checkpoints.lineage import Event, Lineage
 from tokenformer.cli.compare import comparisons
 from tokenformer.errors import CheckpointError, EvaluationError, RecipeError
-from tokenformer.law import Knowledge, Law, Transfer, loss_of
+from tokenformer.law import AFTER_DECAY, Knowledge, Law, Transfer, loss_of
 
 SIZES = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIG = TokenformerConfig(**SIZES, qkv_param_tokens=0, output_param_tokens=0, ffn_param_tokens=32)
@@ -98,6 +98,13 @@ def test_each_way_of_growing_is_weighed_by_what_it_loses():
         (*BOTH, "warmed up"),
     }
     assert advise(model(1e8), flops(5e8), knowledge(transfer(0.3, ("qkv_param_tokens",)))).best.what != "grow"
+
+
+def test_what_has_decayed_is_weighed_by_what_grew_after_a_decay():
+    known = knowledge(transfer(0.1), transfer(0.6, rate=AFTER_DECAY))
+    for decayed, rate in ((True, AFTER_DECAY), (False, "kept")):
+        assert named(advise(model(1e8, decayed=decayed), flops(5e8), known), "grow").rate == rate
+    assert named(advise(model(1e8), flops(5e8), knowledge(transfer(0.1))), "grow").rate == "kept"
 
 
 def test_another_text_shifts_all_numbers_alike():

@@ -22,7 +22,7 @@ from .checkpoints.files import find_checkpoint
 from .checkpoints.verify import read_lineage
 from .errors import GrowthError, RecipeError
 from .growth.grow import grow
-from .law import Expectation, Knowledge, Seen, Transfer, expect, middle
+from .law import AFTER_DECAY, KEPT, Expectation, Knowledge, Seen, Transfer, expect, middle
 from .sections import parse_sections
 from .training.recipe import TrainingSection
 from .units import short
@@ -210,6 +210,7 @@ def _described(option: Option, *, capital: bool = True) -> str:
         told = f"start over with {'a model of this size' if not added else f'{added} more'}, on {text}"
     else:
         when = f"after {option.after:.0%} of the budget" if option.after else "now"
+        when += "" if option.rate == KEPT else f" (learning rate {option.rate})"
         told = f"grow {when} by {added}, to {text}"
     return told[0].upper() + told[1:] if capital else told
 
@@ -241,7 +242,8 @@ def _options(model: Trained, budget: float, knowledge: Knowledge) -> Iterator[Op
     assert now is not None
     yield _option(model, knowledge, "train on", (now, now), 0.0, model.text_tokens + budget / now.per_token)
     sizes: dict[tuple[tuple[str, int], ...], _Size] = {(): now}
-    for transfer in knowledge.transfers:
+    alike = [transfer for transfer in knowledge.transfers if (transfer.rate == AFTER_DECAY) == model.decayed]
+    for transfer in alike or knowledge.transfers:
         for percent in PERCENT:
             grown = dict.fromkeys(transfer.grown, percent)
             later = _size(model.config, model.context, grown)
@@ -283,7 +285,7 @@ def _option(
     return Option(
         what,
         grown or {},
-        transfer.rate if transfer else "kept",
+        transfer.rate if transfer else KEPT,
         after,
         sizes[1].parameters,
         text,

@@ -27,6 +27,9 @@ SHIPPED = Path(__file__).with_name("law.json")
 # Of what is drawn in order to say how unsure a number is.
 _DRAWS = 100
 
+# What becomes of the learning rate as a model grows.
+KEPT, AFTER_DECAY = "kept", "warmed up again after a decay"
+
 Values = Any  # a number, or an array of them
 Constants = tuple[float, float, float, float, float]
 
@@ -102,7 +105,7 @@ class Transfer:
 
     Attributes:
         grown: what grows, as fields of a configuration: ffn_param_tokens, num_hidden_layers …
-        rate: what becomes of the learning rate: "kept", or how it warms up again.
+        rate: what becomes of the learning rate: it is kept, or warms up again, after a decay or not.
         lost: share of that text's worth, one estimate for each arm and seed.
         factors: smallest and largest by which the blocks' parameters grew.
         shares: smallest and largest share of all text that was read before.

@@ -227,6 +227,97 @@ def test_cosine_is_one_a_stage_and_constant_never_falls(content):
     assert {s.phase for s in segments(constant, Run("small", 0, 1.0, 2560))} == {"hold"}
 
 
+def rates_of(recipe, arm, budget, *, new=False):
+    """Every learning rate of a run with peak 1 and steps of 128, and the steps at which it grows."""
+    rates, growths = [], []
+    for segment in segments(recipe, Run(arm, 0, 1.0, budget)):
+        steps = round((segment.end - segment.start) / 128)
+        growths += [len(rates)] if segment.growth else []
+        rate = segment.rate_of_new if new else segment.rate
+        rates += [rate(i, steps=steps, per_step=128) for i in range(steps)]
+    return rates, growths
+
+
+def growing(content, **stage):
+    arm = {"model": SMALL, "stages": [{"at": 1280, "ffn_param_tokens": 64, **stage}]}
+    training = {**content["training"], "warmup": 0.2}
+    return parsed(content, training=training, budgets=[1280, 5120], arms={"small": {"model": SMALL}, "grown": arm})
+
+
+def test_the_rate_rises_again_after_growing(content):
+    plain, warmed = growing(content), growing(content, rewarm=0.4)
+    rates, growths = rates_of(warmed, "grown", 5120)
+    assert growths == [10] and rates[10:15] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[:10] == rates_of(plain, "grown", 5120)[0][:10] and rates[14:] == rates_of(plain, "grown", 5120)[0][14:]
+    first, second = (segments(recipe, Run("grown", 0, 1.0, 5120)) for recipe in (plain, warmed))
+    assert [a.id == b.id for a, b in zip(first, second, strict=True)] == [True, True, False, False]
+
+
+def test_the_rise_goes_on_into_the_next_segment_and_the_decay(content):
+    """A rise over 1,024 of a run that decays 640 after it has grown, and of one that is cut for the other's sake."""
+    recipe = growing(content, rewarm=0.8)
+    recipe = parsed(recipe.model_dump(exclude_unset=True), budgets=[1280, 2400, 5120])
+    short, long = rates_of(recipe, "grown", 2400)[0], rates_of(recipe, "grown", 5120)[0]
+    assert long[10:19] == pytest.approx([(i + 1) / 9 for i in range(9)])
+    assert short[10:15] == long[10:15] and short[15] == pytest.approx(6 / 9) and short[16] < 7 / 9
+
+
+def test_the_rate_of_new_parameters_alone_rises(content):
+    recipe = growing(content, rewarm_new=0.4)
+    rates, new = (rates_of(recipe, "grown", 5120, new=new)[0] for new in (False, True))
+    assert rates == rates_of(growing(content), "grown", 5120)[0]
+    assert new[10:15] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert new[:10] == rates[:10] and new[15:] == rates[15:]
+
+
+def test_what_grows_after_a_decay_begins_as_the_small_model_that_ended_there(content):
+    recipe = growing(content, after_decay=True)
+    small, grown = (
+        segments(recipe, Run(arm, 0, 1.0, budget)) for arm, budget in (("small", 1280.0), ("grown", 5120.0))
+    )
+    assert [(s.start, s.end, s.phase, s.growth is not None) for s in grown] == [
+        (0, 1024, "hold", False),
+        (1024, 1280, "fall", False),
+        (1280, 4096, "hold", True),
+        (4096, 5120, "fall", False),
+    ]
+    assert [s.id for s in small] == [s.id for s in grown[:2]]
+    rates, growths = rates_of(recipe, "grown", 5120)
+    assert growths == [10] and rates[8:13] == pytest.approx([1.0, 0.5, 1 / 3, 2 / 3, 1.0])
+    plateau = segments(growing(content), Run("grown", 0, 1.0, 5120))
+    assert plateau[0].id == grown[0].id and plateau[2].id != grown[2].id
+
+
+def test_growth_at_most_of_the_text_comes_before_the_decay(content):
+    """Depth at once after 79 % of the text at the full learning rate, which decays over the last fifth."""
+    stages = [{"at": 4040, "num_hidden_layers": 4, "method": "stack"}]
+    arms = {"small": {"model": SMALL}, "late": {"model": SMALL, "stages": stages}}
+    rates, growths = rates_of(parsed(content, budgets=[1280, 5120], arms=arms), "late", 5120)
+    assert growths == [32] and rates[31] == rates[32] == 1.0 and rates[33] < 1.0
+    with pytest.raises(RecipeError, match="must rise and lie below 4096"):
+        parsed(content, budgets=[1280, 5120], arms={**arms, "late": {"model": SMALL, "stages": [{"at": 4096}]}})
+
+
+@pytest.mark.parametrize(
+    ("stage", "training", "message"),
+    [
+        ({"rewarm": 0.1}, {"schedule": "cosine"}, "stages.0 has rewarm, which goes with growing and with schedule wsd"),
+        ({"after_decay": True}, {"schedule": "constant"}, "stages.0 has after_decay, which goes with growing"),
+        ({"rewarm_new": 0.1}, {"keep_optimizer_state": False}, "rewarm_new: without keep_optimizer_state"),
+        ({"rewarm_new": 0.9}, {}, r"rewarm_new ends at 1792, but the next stage or the first decay begins at 1000"),
+        ({"after_decay": True, "at": 1100}, {}, "after_decay: the decay begins at 880, but a stage begins later"),
+    ],
+)
+def test_rates_that_make_no_sense_are_refused(content, stage, training, message):
+    stages = [{"at": 640, "ffn_param_tokens": 64}, {"at": 1000, "ffn_param_tokens": 96}]
+    i = 1 if "at" in stage else 0
+    stages[i] = {**stages[i], **stage}
+    if i:
+        stages[0]["at"] = 900
+    with pytest.raises(RecipeError, match=message):
+        parsed(content, arms={"small": {"model": SMALL, "stages": stages, "training": training}})
+
+
 # --- Budgets -------------------------------------------------------------------------------------------------------
 
 

@@ -11,8 +11,9 @@ import time
 
 import pytest
 import yaml
-from comparisons import comparison, parsed
+from comparisons import SMALL, comparison, parsed
 from group_operations import run_and_kill
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from tokenformer import cost
@@ -96,6 +97,26 @@ def test_growth_says_what_it_did(finished):
         assert growth["logits_equal"] and growth["bits_per_byte_before"] == growth["bits_per_byte_after"]
         assert growth["text_tokens"] == 640 and growth["parameters_after"] == line["parameters"]
     assert not any(line["growths"] for line in runs(lines, arm="small"))
+
+
+def test_new_parameters_warm_up_alone(content, tmp_path):
+    """AdamW's first step has the size of the rate: of new neurons' outputs, which begin as zeros, half of it."""
+    stage = {"at": 640, "ffn_param_tokens": 64, "rewarm_new": 128 / 768}
+    recipe = parsed(
+        content,
+        training={**content["training"], "decay": 0.0, "weight_decay": 0.0},
+        budgets=[768],
+        tuning_budget=768,
+        seeds=[0],
+        learning_rates=[1e-2],
+        arms={"small": {"model": SMALL, "stages": [stage]}},
+    )
+    Results(tmp_path).begin(recipe, "trial", {"text_sha256": "a"})
+    work(recipe, tmp_path, ["small"])
+    [line] = runs(read_results(tmp_path / "results.jsonl"))
+    weights = load_file(tmp_path / "segments" / line["segments"][-1] / "checkpoint" / "model.safetensors")
+    new = weights["gpt_neox.layers.0.mlp.dense_4h_to_h.weight"][:, 32:].abs()
+    assert new.median().item() == pytest.approx(0.5 * 1e-2, rel=1e-3)
 
 
 def test_nothing_is_computed_again(finished, content):

@@ -10,7 +10,7 @@ from tokenformer.compare.findings import Findings
 from tokenformer.compare.law import fit
 from tokenformer.compare.transfer import family, grown_runs, points, transfers
 from tokenformer.compare.trial import choices, lost, missed, right
-from tokenformer.law import Knowledge, loss_of
+from tokenformer.law import AFTER_DECAY, Knowledge, loss_of
 
 E, A, ALPHA, B, BETA = CONSTANTS = (1.0, 20.0, 0.35, 60.0, 0.32)
 TOKENS = {"n1": 32, "n2": 96, "n3": 224, "n4": 480}
@@ -121,7 +121,16 @@ def test_a_gap_is_taken_at_equal_text():
         assert naive < 0.3 - 0.1
 
 
-@pytest.mark.parametrize("stage", [{"method": "random_keys"}, {"frozen": ["base"]}])
+@pytest.mark.parametrize(
+    ("stage", "rate"), [({"rewarm": 0.1}, "warmed up again"), ({"after_decay": True}, AFTER_DECAY)]
+)
+def test_learning_rates_make_ways_of_their_own(stage, rate):
+    assert {run.rate for run in grown_runs(planted(stage=stage))} == {rate}
+
+
+@pytest.mark.parametrize(
+    "stage", [{"method": "random_keys"}, {"frozen": ["base"]}, {"rewarm_new": 0.1}, {"batch_size": 8}]
+)
 def test_only_what_grow_does_is_measured(stage):
     assert list(grown_runs(planted(stage=stage))) == []
 

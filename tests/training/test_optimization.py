@@ -106,6 +106,25 @@ def test_kinds_of_parameters_have_rates_of_their_own(optimizer, tied):
             assert rates[p] == (0.25 if in_blocks(name, p) and optimizer == "adamw" else 1.0)
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_new_parameters_can_stand_apart(optimizer):
+    """Apart or not, every parameter has its kind's rate and decay, and old ones their state."""
+    model, t = tiny(), recipe_of(optimizer).training
+    first = make_optimizer(model, t, {})
+    take_steps(model, first)
+    states = {name: dict(first.state[p]) for name, p in model.named_parameters()}
+    states = grow_with_states(model, states, ffn_param_tokens="+16")
+    together, apart = (make_optimizer(model, t, states, apart=apart) for apart in (False, True))
+    new = {p for group in apart.param_groups if group["new"] for p in group["params"]}
+    assert new == {p for name, p in model.named_parameters() if ".grown1." in name} and not new & apart.state.keys()
+    assert not any(group["new"] for group in together.param_groups)
+    facts = [
+        {p: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+        for optimizer in (together, apart)
+    ]
+    assert facts[0] == facts[1] and together.state.keys() == apart.state.keys()
+
+
 def test_the_schedule_multiplies_the_rates_of_all_kinds(content, tmp_path):
     """AdamW's first step has the size of the rate, whatever the gradient."""
     training = content["training"] | {"optimizer": "adamw", "head_rate": 4.0, "weight_decay": 0.0, "warmup": 0.0}

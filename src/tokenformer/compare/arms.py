@@ -76,6 +76,8 @@ class Segment:
         }
         if reads := {**self.recipe.arms[self.arm].model_dump(include={"data"}, exclude_defaults=True), **self._reads}:
             facts["reads"] = reads
+        if self.growth and self.growth.rates:
+            facts["rates"] = self.growth.rates
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -97,15 +99,38 @@ class Segment:
     def rate(self, step: int, *, steps: int, per_step: float) -> float:
         """Return the learning rate of step `step` (from 0) of `steps` that cost `per_step` each."""
         warmup = self.recipe.training_of(self.arm).warmup
+        spent = step * per_step
+        if self.phase == "cosine":
+            rise = warmup * (self.end - self.start)
+            if spent >= rise:
+                return cosine(self.learning_rate, spent - rise, self.end - self.start - rise)
+            return self.learning_rate * _risen(spent, rise, per_step)
         if self.phase == "fall":
-            return self.learning_rate * (1 - step / steps)
-        rise = warmup * (self.recipe.budgets[0] if self.phase == "hold" else self.end - self.start)
-        spent = step * per_step + (self.start if self.phase == "hold" else 0.0)
-        if spent < rise:
-            return self.learning_rate * (spent + per_step) / (rise + per_step)
-        if self.phase == "hold":
-            return self.learning_rate
-        return cosine(self.learning_rate, spent - rise, self.end - self.start - rise)
+            return self.learning_rate * (1 - step / steps) * self._rewarmed(self.start + spent, per_step)
+        risen = _risen(self.start + spent, warmup * self.recipe.budgets[0], per_step)
+        return self.learning_rate * risen * self._rewarmed(self.start + spent, per_step)
+
+    def rate_of_new(self, step: int, *, steps: int, per_step: float) -> float:
+        """Return the learning rate of what is new since it grew here, likewise."""
+        share = self.growth.rewarm_new if self.growth else None
+        risen = 1.0 if share is None else _risen(step * per_step, share * self.recipe.budgets[0], per_step)
+        return risen * self.rate(step, steps=steps, per_step=per_step)
+
+    def _rewarmed(self, spent: float, per_step: float) -> float:
+        """Return how far the learning rate has risen again since the model last grew."""
+        grown: Segment | None = self
+        while grown is not None and grown.growth is None:
+            grown = grown.parent
+        if grown is None or grown.growth is None:
+            return 1.0
+        growth, warmup = grown.growth, self.recipe.training_of(self.arm).warmup
+        share = growth.rewarm if growth.rewarm is not None else warmup if growth.after_decay else 0.0
+        return _risen(spent - grown.start, share * self.recipe.budgets[0], per_step)
+
+
+def _risen(spent: float, rise: float, per_step: float) -> float:
+    """Return the share of the full learning rate in a step that costs `per_step`, on the way up over `rise`."""
+    return min(1.0, (spent + per_step) / (rise + per_step))
 
 
 def segments(recipe: CompareRecipe, run: Run) -> list[Segment]:
@@ -115,8 +140,12 @@ def segments(recipe: CompareRecipe, run: Run) -> list[Segment]:
     cuts = set(stages)
     if schedule != "cosine":
         cuts |= {end for budget in recipe.budgets if (end := recipe.trunk_end(run.arm, budget)) < trunk_end}
+    falls = {recipe.trunk_end(run.arm, at): at for at, stage in stages.items() if stage.after_decay}
+    cuts = {cut for cut in cuts | set(falls) if not any(begin < cut < end for begin, end in falls.items())}
     phase: Phase = "cosine" if schedule == "cosine" else "hold"
-    bounds: list[tuple[float, Phase]] = [(cut, phase) for cut in [*sorted(cuts), trunk_end]]
+    bounds: list[tuple[float, Phase]] = [
+        (cut, "fall" if cut in falls.values() else phase) for cut in [*sorted(cuts), trunk_end]
+    ]
     if trunk_end < run.budget:
         bounds.append((run.budget, "fall"))
     found: list[Segment] = []

@@ -21,8 +21,9 @@ from .methods import METHODS
 Unit = Literal["training_flops", "text_tokens", "seconds"]
 
 
-# Fields of a stage that say what it reads; the others say how it grows.
+# Fields of a stage that say what it reads, and those that say what becomes of the learning rate as it grows.
 _READS = ("data", "sequence_length", "batch_size")
+_RATES = ("after_decay", "rewarm", "rewarm_new")
 
 
 class ArmStage(Section):
@@ -48,6 +49,15 @@ class ArmStage(Section):
     """What shrink_pad_perturb multiplies the old weights by. Default: 0.4."""
     frozen: list[str] = Field([])
     """What does not train from then on, as in `stages[].frozen` of a training recipe: "base" freezes the old tokens."""
+    after_decay: bool = False
+    """Grow what has decayed, as a released checkpoint: the learning rate falls over the share `training.decay` before
+    `at`, as if that were a budget, and warms up again once the model has grown."""
+    rewarm: float | None = Field(None, gt=0, le=1)
+    """Share of the smallest budget over which the learning rate rises from zero again after growing. Default: it stays
+    where it is, or after a decay rises over `training.warmup`."""
+    rewarm_new: float | None = Field(None, gt=0, le=1)
+    """Likewise over which the learning rate of the new parameters alone rises, whose optimizer state is new (SPARKLING,
+    arXiv 2602.02472)."""
     data: TextSection | None = None
     """What it reads until the next stage, a source or a mixture. Default: what the arm reads."""
     sequence_length: int | None = Field(None, gt=1)
@@ -61,9 +71,14 @@ class ArmStage(Section):
         return self.model_dump(include={*_READS}, exclude_defaults=True)
 
     @property
+    def rates(self) -> dict[str, Any]:
+        """What becomes of the learning rate as it grows."""
+        return self.model_dump(include={*_RATES}, exclude_defaults=True)
+
+    @property
     def amounts(self) -> dict[str, Any]:
         """What the method is asked for."""
-        return self.model_dump(exclude={"at", "method", "frozen", *_READS}, exclude_none=True)
+        return self.model_dump(exclude={"at", "method", "frozen", *_READS, *_RATES}, exclude_none=True)
 
     @property
     def grows(self) -> bool:
@@ -158,12 +173,40 @@ class CompareRecipe(Section):
                     f"arms.{name}.stages grow at {points}; the points must rise and lie below {end:g}, "
                     "where the learning rate begins to decay in the largest budget"
                 )
+            for i, stage in enumerate(arm.stages):
+                self._check_rates(name, stage, where=f"arms.{name}.stages.{i}")
             own = self.training_of(name).sequence_length
             check_length(own, self.training, self.data, where=f"arms.{name}.training")
             for i, stage in enumerate(arm.stages):
                 check_length(stage.sequence_length, self.training, self.data, where=f"arms.{name}.stages.{i}")
         texts_in(self.data, self.other_texts)
         return self
+
+    def _check_rates(self, arm: str, stage: ArmStage, *, where: str) -> None:
+        training, asked = self.training_of(arm), ", ".join(stage.rates)
+        if not asked:
+            return
+        if not stage.grows or training.schedule != "wsd":
+            raise ValueError(f"{where} has {asked}, which goes with growing and with schedule wsd")
+        others = [other.at for other in self.arms[arm].stages if other is not stage]
+        if stage.after_decay and any(self.trunk_end(arm, stage.at) <= at < stage.at for at in others):
+            raise ValueError(
+                f"{where}.after_decay: the decay begins at {self.trunk_end(arm, stage.at):g}, but a stage begins later "
+                "than that; move it before the decay, or after the growth"
+            )
+        if stage.rewarm_new is None:
+            return
+        if not training.keep_optimizer_state:
+            raise ValueError(
+                f"{where}.rewarm_new: without keep_optimizer_state, all parameters are new to the optimizer"
+            )
+        end = stage.at + stage.rewarm_new * self.budgets[0]
+        later = others + [self.trunk_end(arm, budget) for budget in self.budgets]
+        if any(stage.at < cut < end for cut in later):
+            raise ValueError(
+                f"{where}.rewarm_new ends at {end:g}, but the next stage or the first decay begins at "
+                f"{min(cut for cut in later if cut > stage.at):g}; make it end before that"
+            )
 
     @property
     def other_texts(self) -> list[TextSection]:

@@ -175,11 +175,13 @@ def stage_settings(
         steps: optimizer steps.
         per_step: what each costs, in the recipe's unit.
     """
+    rewarm_new = segment.growth is not None and segment.growth.rewarm_new is not None
     return StageSettings(
         # Whether growth resets the optimizer was decided before; between other segments nothing is lost.
         training=training.model_copy(update={"keep_optimizer_state": True}),
         steps=steps,
         rate=partial(segment.rate, steps=steps, per_step=per_step),
+        rate_of_new=partial(segment.rate_of_new, steps=steps, per_step=per_step) if rewarm_new else None,
         seed=segment.seed,
         reading=Reading(
             sequences=training.batch_size * steps,

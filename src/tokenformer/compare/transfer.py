@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from transformers import AutoConfig
 
 from .. import cost
-from ..law import Law, Transfer
+from ..law import AFTER_DECAY, KEPT, Law, Transfer
 from .accounting import scratch_twin
 from .findings import Findings
 from .law import Point
@@ -66,7 +66,7 @@ def family(findings: Findings) -> list[str]:
     sets: dict[str, list[str]] = defaultdict(list)
     for arm in findings.arms:
         content = findings.recipe.arms[arm]
-        if not content.stages:
+        if not content.stages and content.data is None:
             rest = {f: v for f, v in content.model.model_dump(exclude_unset=True).items() if f not in _SIZES}
             sets[repr((sorted(rest.items()), sorted(content.training.items()), content.data))].append(arm)
     return max(sets.values(), key=len, default=[])
@@ -83,11 +83,11 @@ def points(findings: Findings, arms: Sequence[str]) -> list[Point]:
 
 
 def grown_runs(findings: Findings) -> Iterator[Grown]:
-    """Return all final runs that grew once, by the method `exact`, and whose last size was trained from scratch too."""
+    """Return the final runs that grew once, as `tokenformer train` can, to a size that was trained from scratch too."""
     for (arm, budget), runs in sorted(findings.finals.items()):
         stages = findings.recipe.arms[arm].stages
         twin = scratch_twin(findings, arm) if len(stages) == 1 else None
-        if twin is None or stages[0].method != "exact" or stages[0].frozen:
+        if twin is None or stages[0].method != "exact" or stages[0].frozen or stages[0].rewarm_new or stages[0].reads:
             continue
         scratch = findings.finals.get((twin, budget), {})
         for seed in sorted(runs.keys() & scratch.keys()):
@@ -132,7 +132,7 @@ def grown_fields(stage: ArmStage) -> tuple[str, ...]:
 
 def rate_of(stage: ArmStage) -> str:
     """Return what becomes of the learning rate as a stage grows."""
-    return "kept"
+    return AFTER_DECAY if stage.after_decay else "warmed up again" if stage.rewarm else KEPT
 
 
 def blocks(line: Line) -> int:

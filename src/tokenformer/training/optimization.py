@@ -98,32 +98,44 @@ class CombinedOptimizer(torch.optim.Optimizer):
         return loss
 
 
-def make_optimizer(model: PreTrainedModel, t: TrainingSection, states: OptimizerState) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: PreTrainedModel, t: TrainingSection, states: OptimizerState, *, apart: bool = False
+) -> torch.optim.Optimizer:
     """Return the optimizer of a `training` section over what trains, each parameter with its state of an earlier stage.
 
     A parameter starts afresh where it had none, where that was another optimizer's, and where the recipe says so.
+    `apart`: those stand in parameter groups of their own, which are "new".
     """
     training = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rates = _rates(model, t)
     by_muon = _block_matrices(model) if t.optimizer == "muon" else set()
-    groups: dict[tuple[bool, float, float], list[torch.nn.Parameter]] = {}
-    for p in training.values():
-        key = (p in by_muon, rates.get(p, 1.0), t.weight_decay if p.dim() >= 2 else 0.0)
+    kept: OptimizerState = {}
+    for name, p in training.items():
+        own = ("momentum_buffer",) if p in by_muon else ("step", "exp_avg", "exp_avg_sq")
+        had = states.get(name, {}) if t.keep_optimizer_state else {}
+        if set(own) <= had.keys():
+            kept[name] = {key: had[key].to(p.device, copy=True) for key in own}
+    groups: dict[tuple[bool, float, float, bool], list[torch.nn.Parameter]] = {}
+    for name, p in training.items():
+        key = (p in by_muon, rates.get(p, 1.0), t.weight_decay if p.dim() >= 2 else 0.0, apart and name not in kept)
         groups.setdefault(key, []).append(p)
-    # The schedule multiplies these: it returns learning rates, not factors.
-    muon = [{"params": ps, "lr": rate, "weight_decay": decay} for (yes, rate, decay), ps in groups.items() if yes]
-    adamw = [{"params": ps, "lr": rate, "weight_decay": decay} for (yes, rate, decay), ps in groups.items() if not yes]
+    # The schedule multiplies lr: it returns learning rates, not factors.
+    muon, adamw = (
+        [
+            {"params": ps, "lr": rate, "weight_decay": decay, "new": new}
+            for (by, rate, decay, new), ps in groups.items()
+            if by is muon
+        ]
+        for muon in (True, False)
+    )
     parts: list[torch.optim.Optimizer] = []
     if muon:
         parts.append(Muon(muon))
     if adamw:
         parts.append(torch.optim.AdamW(adamw, betas=(t.beta1, t.beta2), eps=1e-8, fused=True))
     optimizer = parts[0] if len(parts) == 1 else CombinedOptimizer(parts)
-    for name, p in training.items():
-        own = ("momentum_buffer",) if p in by_muon else ("step", "exp_avg", "exp_avg_sq")
-        had = states.get(name, {}) if t.keep_optimizer_state else {}
-        if set(own) <= had.keys():
-            optimizer.state[p] = {key: had[key].to(p.device, copy=True) for key in own}
+    for name, state in kept.items():
+        optimizer.state[training[name]] = state
     return optimizer
 
 

@@ -20,6 +20,7 @@ class StageSettings:
         training: how to train.
         steps: optimizer steps.
         rate: learning rate of each step, from 0.
+        rate_of_new: likewise, of parameters that the optimizer has no state of. None: as of all.
         seed: of the order of the text, and of all else that is random in training.
         reading: what it reads, of which texts.
         number: of the stage in the log, from 1.
@@ -43,6 +44,7 @@ class StageSettings:
     weights_seed: int = 0
     arguments: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
+    rate_of_new: Callable[[int], float] | None = None
 
     @property
     def tokens_per_step(self) -> int:

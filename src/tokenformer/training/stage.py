@@ -79,8 +79,10 @@ def run_stage(
         flops_per_step=settings.tokens_per_step * cost.training_flops_of(model, settings.training.sequence_length),
         seconds=max(logged.get("seconds", 0.0) if done else 0.0, before.training_seconds),
     )
-    optimizer = make_optimizer(model, settings.training, states)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: settings.rate(min(step, settings.steps - 1)))
+    optimizer = make_optimizer(model, settings.training, states, apart=settings.rate_of_new is not None)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, [_rate(settings, group) for group in optimizer.param_groups]
+    )
     trainer = watcher.trainer = Trainer(
         model,
         arguments,
@@ -174,6 +176,12 @@ def _reads(settings: StageSettings, data: TextData) -> dict[str, dict[str, float
         text: {"share": share, **({"passes": passes[text]} if text in passes else {})}
         for text, share in reading.shares.items()
     }
+
+
+def _rate(settings: StageSettings, group: dict[str, Any]) -> Callable[[int], float]:
+    """Return the learning rate of a group of the optimizer, which holds still after the last step."""
+    rate = settings.rate_of_new if group["new"] and settings.rate_of_new else settings.rate
+    return lambda step: rate(min(step, settings.steps - 1))
 
 
 def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
