@@ -119,7 +119,7 @@ def test_a_bar_tells_what_is_left_while_something_is():
     for step in (1, 2):
         display = TrainingDisplay(Console(width=80, file=io.StringIO()))
         for event in (
-            {"event": "stage", "steps": 2, "done": 0, "parameters": 1e4},
+            {"event": "stage", "steps": 2, "done": 0, "parameters": 1e4, "reads": {}},
             {"event": "progress", "step": step},
         ):
             display({"stage": 1, **event})
