@@ -196,7 +196,7 @@ def racing() -> str:
 
 PAGES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (costs,),
-    "docs/compare.md": (comparisons,),
+    "docs/compare.md": (racing, comparisons),
     "docs/ecosystem.md": (ecosystem, convert),
     "docs/results/knowledge.md": (merging, smollm2_results, continual_results, routing),
     "docs/results/speed.md": (demo, benchmarks, rewriting, installing),
