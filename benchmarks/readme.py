@@ -90,6 +90,8 @@ def costs() -> str:
     grown = next(r for r in reversed(lines("rewrite")) if r["operation"] == "grow" and r["source_bytes"] > 1e9)
     seconds, memory = statistics.median(grown["seconds"]), grown["peak"] / 1e9
     (installed,) = {r["way"]: r for r in lines("install") if (r["way"], r["step"]) == ("uv", "demo")}.values()
+    raced = [r["cpu_seconds"] for r in lines("race")]
+    race = statistics.median(ours / theirs for theirs, ours in zip(raced[::2], raced[1::2], strict=True))
     rows = [
         "| what | beside what | cost |",
         "|---|---|--:|",
@@ -100,6 +102,8 @@ def costs() -> str:
         f"| a training step, parameter tokens in the feed-forward | the same | {steps[1]} the time |",
         f"| decoding, parameter tokens everywhere | the same | {speeds[0]} the speed |",
         f"| decoding, parameter tokens in the feed-forward | the same | {speeds[1]} the speed |",
+        f"| training to the loss of nanoGPT's recipe for CPUs, and below | nanoGPT itself "
+        f"| {race:.2f} × the CPU time |",
         f"| growing a checkpoint of 1.5B parameters on disk | copying its files "
         f"| {grown['ratio']:.2f} × the time: {seconds:.0f} s, {memory:.2f} GB of memory |",
     ]
