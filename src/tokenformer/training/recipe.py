@@ -34,7 +34,7 @@ stages:
 """
 
 
-# Found by recipes/compare/base.yaml: the head's rate is small, and that of the embedding large.
+# Found by the trials of docs/lab-notebook.md, and nanochat's by and large.
 _WITH_MUON = {"learning_rate": 0.02, "embedding_rate": 5.0, "head_rate": 0.1, "weight_decay": 0.0}
 
 
