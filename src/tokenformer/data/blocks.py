@@ -5,21 +5,22 @@ A block stores each text token once: what it predicts is itself, one position on
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 from ..quiet import without_bars
-from .cache import cached
-from .sources import Documents, load_documents, texts_of
-
-BLOCK_FEATURES = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+from .cache import cache_folder, cached
+from .sources import Documents, load_documents, text_sizes
+from .tokens import text_tokens, token_type
 
 
 def pack(
@@ -40,12 +41,27 @@ def pack(
     Raises:
         DataError: less text than one block.
     """
-    arguments = {"documents": documents, "tokenizer": tokenizer, "block_length": block_length, "keep_tail": keep_tail}
     if isinstance(documents, datasets.IterableDataset):
-        return datasets.IterableDataset.from_generator(_text_blocks, gen_kwargs=arguments)
+        arguments = {"documents": documents, "tokenizer": tokenizer, "length": block_length, "keep_tail": keep_tail}
+        return datasets.IterableDataset.from_generator(_streamed, gen_kwargs=arguments)
     identity = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
-    key = Hasher.hash([documents._fingerprint, identity, tokenizer.eos_token_id, block_length, keep_tail, 2])
-    return cached(_text_blocks, arguments, BLOCK_FEATURES, key=key)
+    key = Hasher.hash([documents._fingerprint, identity, tokenizer.eos_token_id, block_length, keep_tail, 3])
+    shards = cache_folder() / f"{key}.shards"
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value(str(token_type(tokenizer))))})
+
+    def columns() -> Iterator[dict[str, Any]]:
+        return map(rows_of, _cut(documents, tokenizer, block_length, keep_tail, shards))
+
+    blocks = cached(columns, features, key=key)
+    shutil.rmtree(shards, ignore_errors=True)
+    return blocks
+
+
+def rows_of(blocks: np.ndarray) -> dict[str, pyarrow.Array]:
+    """Return the column of text blocks `[blocks, block_length]`."""
+    count, length = blocks.shape
+    starts = np.arange(0, (count + 1) * length, length, dtype=np.int32)
+    return {"input_ids": pyarrow.ListArray.from_arrays(starts, blocks.reshape(-1))}
 
 
 @without_bars()
@@ -76,31 +92,35 @@ def text_blocks(
     return blocks.select(range(0, len(blocks), step))
 
 
-def utf8_bytes(documents: Iterable[Any]) -> int:
+def utf8_bytes(documents: datasets.Dataset) -> int:
     """Bytes of text in rows of {"text"}."""
-    return sum(len(row["text"].encode()) for row in documents)
+    return int(text_sizes(documents).sum())
 
 
-def _text_blocks(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, block_length: int, keep_tail: bool
+def _streamed(
+    documents: datasets.IterableDataset, tokenizer: PreTrainedTokenizerBase, length: int, keep_tail: bool
 ) -> Iterator[dict[str, list[int]]]:
-    eos = tokenizer.eos_token_id
-    stream = [eos]
+    for blocks in _cut(documents, tokenizer, length, keep_tail, Path()):
+        yield from ({"input_ids": ids} for ids in blocks.tolist())
+
+
+def _cut(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, keep_tail: bool, shards: Path
+) -> Iterator[np.ndarray]:
+    """Yield text blocks, some at a time `[blocks, length]`; a tail, which may be shorter, comes alone and last."""
+    rest = np.array([tokenizer.eos_token_id], dtype=token_type(tokenizer))
     made = 0
-    texts = texts_of(documents)
-    while batch := list(itertools.islice(texts, 64)):
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-            stream += [*ids, eos]
-        start = 0
-        while start + block_length <= len(stream):
-            yield {"input_ids": stream[start : start + block_length]}
-            start += block_length - 1
-            made += 1
-        stream = stream[start:]
-    if keep_tail and len(stream) > 1:
-        yield {"input_ids": stream}
+    for ids in text_tokens(documents, tokenizer, shards=shards):
+        stream = np.concatenate([rest, ids])
+        count = (len(stream) - 1) // (length - 1)
+        if count:
+            yield np.lib.stride_tricks.sliding_window_view(stream, length)[:: length - 1]
+            made += count
+        rest = stream[count * (length - 1) :]
+    if keep_tail and len(rest) > 1:
+        yield rest[None]
     elif not made:
         raise DataError(
-            f"the text is shorter than one text block of {block_length} text tokens; give more than these "
-            f"{len(stream)}, or shorter blocks"
+            f"the text is shorter than one text block of {length} text tokens; give more than these {len(rest)}, or "
+            "shorter blocks"
         )

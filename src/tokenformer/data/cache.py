@@ -2,43 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+from filelock import FileLock
 
 from ..errors import DataError
 
 
 def cached(
-    generator: Callable[..., Iterator[dict[str, Any]]],
-    arguments: dict[str, Any],
-    features: datasets.Features,
-    *,
-    key: str,
+    columns: Callable[[], Iterable[Mapping[str, Any]]], features: datasets.Features, *, key: str
 ) -> datasets.Dataset:
-    """Return the rows of `generator(**arguments)` as a dataset in the cache of `datasets`.
+    """Return rows as a dataset in the cache of `datasets`; whoever asks for the same ones at the same time waits.
 
     Args:
-        generator: yields rows.
-        arguments: for it.
-        features: the columns of its rows.
+        columns: makes the rows, some at a time: what each column holds of them, as a list or an Arrow array.
+        features: the columns.
         key: identifies the rows: equal keys are read back and not made again.
 
     Raises:
-        DataError: the cache cannot be written, or whatever of its own the generator raises.
+        DataError: the cache cannot be written, or whatever of its own `columns` raises.
     """
-    folder = str(datasets.config.HF_DATASETS_CACHE / "tokenformer")
+    file = cache_folder() / f"{key}.arrow"
     try:
-        return datasets.Dataset.from_generator(
-            generator, gen_kwargs=arguments, fingerprint=key, features=features, cache_dir=folder
-        )
-    except (datasets.exceptions.DatasetGenerationError, OSError) as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, DataError):
-            raise cause from None
-        if isinstance(cause, OSError):
-            raise DataError(
-                f"could not keep text in {folder}: {cause}; make room, or set HF_DATASETS_CACHE to another folder"
-            ) from error
-        raise
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(file.with_suffix(".lock")):
+                if not file.exists():
+                    _write(file, columns(), features.arrow_schema)
+        rows = datasets.Dataset.from_file(str(file))
+    except OSError as error:
+        raise DataError(
+            f"could not keep text in {file.parent}: {error}; make room, or set HF_DATASETS_CACHE to another folder"
+        ) from error
+    rows._fingerprint = key
+    return rows
+
+
+def cache_folder() -> Path:
+    """Return where the cache of `datasets` holds what is ours."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "tokenformer"
+
+
+def _write(file: Path, columns: Iterable[Mapping[str, Any]], schema: pyarrow.Schema) -> None:
+    """Write a file whole or not at all; a killed process leaves a temporary one, which the next replaces."""
+    temporary = file.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            with pyarrow.ipc.new_stream(stream, schema) as writer:
+                for some in columns:
+                    writer.write_batch(pyarrow.RecordBatch.from_pydict(some, schema=schema))
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)

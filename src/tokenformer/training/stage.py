@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import Subset
@@ -155,7 +156,7 @@ def _grow(
     }
 
 
-def _blocks(settings: StageSettings, data: TextData) -> datasets.IterableDataset | Subset[dict[str, list[int]]]:
+def _blocks(settings: StageSettings, data: TextData) -> datasets.IterableDataset | Subset[dict[str, Any]]:
     """Take the stage's stretch of the one global order of text."""
     reading = settings.reading
     texts = {text: data.train_blocks[text] for text in reading.shares}
@@ -163,7 +164,7 @@ def _blocks(settings: StageSettings, data: TextData) -> datasets.IterableDataset
         if isinstance(blocks, datasets.IterableDataset):  # then it is the only one
             return blocks.repeat(None).skip(reading.skipped.get(text, 0)).take(reading.sequences)
     order = reading.order({text: len(blocks) for text, blocks in texts.items()}, seed=settings.seed)
-    parts = [cut(blocks, reading.pieces) for blocks in texts.values()]
+    parts = [cut(blocks, reading.pieces).with_format("numpy") for blocks in texts.values()]
     return Subset(parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts), order.tolist())
 
 
@@ -184,6 +185,6 @@ def _rate(settings: StageSettings, group: dict[str, Any]) -> Callable[[int], flo
     return lambda step: rate(min(step, settings.steps - 1))
 
 
-def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    input_ids = torch.tensor([row["input_ids"] for row in rows])
+def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    input_ids = torch.from_numpy(np.array([row["input_ids"] for row in rows], dtype=np.int64))
     return {"input_ids": input_ids, "labels": input_ids}
