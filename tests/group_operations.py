@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny_models import SIZES, tiny, tokens
+from tiny_models import SIZES, sample, tiny, tiny_vision
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tokenformer import grow
@@ -49,13 +49,14 @@ KINDS = {
     "ffn": lambda: tiny("ffn", num_hidden_layers=2),
     "per_group": lambda: tiny(num_hidden_layers=2, token_group_norm="per_group"),
     "gelu": lambda: tiny(num_hidden_layers=2, norm_activation_type="gelu", pattention_bias=True),
+    "vision": lambda: tiny_vision(num_hidden_layers=2),
     "llama": ordinary,
 }
 
 
 @torch.no_grad()
 def logits(model):
-    return model(tokens()).logits
+    return model(**sample(model)).logits
 
 
 def facts(model):
@@ -75,19 +76,26 @@ def same(a, b):
 
 
 def train(model, optimizer=torch.optim.AdamW, steps=2):
-    """Train what is not frozen on random text; nothing else may move."""
+    """Train what is not frozen on random text or images; nothing else may move."""
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     training = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     step = optimizer(list(model.parameters()), lr=1e-2, weight_decay=0.1)
     model.zero_grad()
     for _ in range(steps):
-        ids = torch.randint(0, SIZES["vocab_size"], (2, 16))
-        model(ids, labels=ids).loss.backward()
+        model(**random_lesson(model)).loss.backward()
         step.step()
     parameters = dict(model.named_parameters())
     assert all(torch.equal(parameters[n], p) and parameters[n].grad is None for n, p in frozen.items())
     assert any(not torch.equal(parameters[n], p) for n, p in training.items())
     model.zero_grad()
+
+
+def random_lesson(model):
+    if model.main_input_name == "pixel_values":
+        shape = (2, model.config.num_channels, *model.config.image_height_width)
+        return {"pixel_values": torch.randn(shape), "labels": torch.randint(0, model.config.num_labels, (2,))}
+    ids = torch.randint(0, SIZES["vocab_size"], (2, 16))
+    return {"input_ids": ids, "labels": ids}
 
 
 def train_only(model, group, **options):
@@ -124,10 +132,10 @@ def link(folder, parent):
     (folder / "lineage.json").write_text(lineage.model_dump_json(exclude_none=True))
 
 
-@pytest.fixture(params=["paper", "llama"], name="family")
+@pytest.fixture(params=["paper", "llama", "vision"], name="family")
 def make_family(request, tmp_path):
     """A parent and two trained children of it on disk, and as they are in memory."""
-    parent = tiny() if request.param == "paper" else ordinary()
+    parent = {"paper": tiny, "llama": ordinary, "vision": tiny_vision}[request.param]()
     save_checkpoint(tmp_path / "parent", parent, None, Lineage())
     models = {"parent": parent, "a": child(parent, "a"), "b": child(parent, "b")}
     for name in "ab":

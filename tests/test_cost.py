@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 from group_operations import ordinary
-from tiny_models import FAMILIES, SIZES, tiny, tokens
+from tiny_models import FAMILIES, SIZES, images, tiny, tiny_vision, tokens
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig
 
@@ -90,6 +90,17 @@ def test_the_heads_share_is_that_of_its_products():
         tiny("paper", attention="eager")(tokens(1, 48), use_cache=False)
     head = 2 * 48 * config.vocab_size * config.hidden_size
     assert cost.head_share(config, 48) == pytest.approx(head / whole.get_total_flops())
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
+def test_flops_of_an_image_are_what_torch_counts(pooling, frozen):
+    model = tiny_vision("ffn", attention="eager", pooling=pooling)
+    grow(model, qkv_param_tokens="+9", num_hidden_layers="+1", name="new")
+    freeze_only(model, frozen)
+    with FlopCounterMode(display=False) as counter:
+        model(images(3), labels=torch.tensor([0, 1, 2])).loss.backward()
+    assert cost.training_flops_of(model) == pytest.approx(counter.get_total_flops() / 3, rel=1e-9)
 
 
 def test_forward_flops_are_the_papers_formula():

@@ -2,7 +2,13 @@
 
 import torch
 
-from tokenformer import TokenformerConfig, TokenformerForCausalLM, grow
+from tokenformer import (
+    TokenformerConfig,
+    TokenformerForCausalLM,
+    TokenformerForImageClassification,
+    TokenformerVisionConfig,
+    grow,
+)
 
 SIZES = {
     "vocab_size": 128,
@@ -20,13 +26,34 @@ KINDS = [*FAMILIES, "grown"]
 def tiny(family: str = "paper", *, attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes):
     """A model with weights large enough that every part of it shows in the logits."""
     config = TokenformerConfig(**{**SIZES, **FAMILIES[family], **changes})
+    return _loud(TokenformerForCausalLM, config, attention, dtype)
+
+
+def tiny_vision(family: str = "paper", *, attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes):
+    """Likewise an image classifier: 3 × 4 patches of 4 × 4 pixels, 5 labels."""
+    sizes = {field: SIZES[field] for field in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    own = {"image_size": [12, 16], "patch_size": 4, "num_labels": 5, "pooling": "cls"}
+    config = TokenformerVisionConfig(**{**sizes, **own, **FAMILIES[family], **changes})
+    return _loud(TokenformerForImageClassification, config, attention, dtype)
+
+
+def _loud(kind, config, attention: str, dtype: torch.dtype):
     torch.manual_seed(0)
-    model = TokenformerForCausalLM._from_config(config, attn_implementation=attention)
+    model = kind._from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for p in model.parameters():
-            if p.dim() == 2:
+            if p.dim() >= 2:
                 p.normal_(std=0.2)
     return model.to(dtype).eval()
+
+
+def images(rows: int = 2, height: int = 12, width: int = 16) -> torch.Tensor:
+    return torch.rand((rows, 3, height, width), generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+def sample(model) -> dict[str, torch.Tensor]:
+    """What a tiny model reads: text, or images."""
+    return {"pixel_values": images()} if model.main_input_name == "pixel_values" else {"input_ids": tokens()}
 
 
 def tokens(rows: int = 2, length: int = 20) -> torch.Tensor:
@@ -51,9 +78,9 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def two_groups(family, dtype=torch.float32):
+def two_groups(family, dtype=torch.float32, make=tiny):
     """Two token groups in each feed-forward, and keys of the new one as random as those of the old."""
-    model = tiny(family, dtype=dtype)
+    model = make(family, dtype=dtype)
     grow(model, ffn_param_tokens="+48", name="more")
     with torch.no_grad():
         for name, weight in model.named_parameters():

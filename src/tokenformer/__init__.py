@@ -6,6 +6,7 @@ classes of transformers know a TokenFormer as soon as both packages are imported
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
     from .growth.route import route
     from .growth.select import prune, shrink, sort
     from .models.configuration_tokenformer import PRESETS, TokenformerConfig
+    from .models.configuration_tokenformer_vision import TokenformerVisionConfig
     from .models.modeling_tokenformer import TokenformerForCausalLM, TokenformerModel
+    from .models.modeling_tokenformer_vision import TokenformerForImageClassification, TokenformerVisionModel
     from .models.pattention import Pattention
     from .training.train import train
 
@@ -55,7 +58,10 @@ __all__ = [
     "TokenformerConfig",
     "TokenformerError",
     "TokenformerForCausalLM",
+    "TokenformerForImageClassification",
     "TokenformerModel",
+    "TokenformerVisionConfig",
+    "TokenformerVisionModel",
     "TokenizerError",
     "__version__",
     "attach",
@@ -83,7 +89,10 @@ _HOMES = {
     "Pattention": "models.pattention.Pattention",
     "TokenformerConfig": "models.configuration_tokenformer.TokenformerConfig",
     "TokenformerForCausalLM": "models.modeling_tokenformer.TokenformerForCausalLM",
+    "TokenformerForImageClassification": "models.modeling_tokenformer_vision.TokenformerForImageClassification",
     "TokenformerModel": "models.modeling_tokenformer.TokenformerModel",
+    "TokenformerVisionConfig": "models.configuration_tokenformer_vision.TokenformerVisionConfig",
+    "TokenformerVisionModel": "models.modeling_tokenformer_vision.TokenformerVisionModel",
     "attach": "checkpoints.addons.attach",
     "consolidate": "growth.groups.consolidate",
     "drop": "growth.groups.drop",
@@ -132,12 +141,31 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _register_config() -> None:
+# Of each kind of model: its module in models/, and the class for each table of transformers' Auto classes.
+_AUTO = {
+    "tokenformer": {
+        "MODEL_MAPPING": "TokenformerModel",
+        "MODEL_FOR_CAUSAL_LM_MAPPING": "TokenformerForCausalLM",
+    },
+    "tokenformer_vision": {
+        "MODEL_MAPPING": "TokenformerVisionModel",
+        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING": "TokenformerForImageClassification",
+    },
+}
+
+
+def _configs() -> dict[str, Any]:
+    from .models.configuration_tokenformer import TokenformerConfig
+    from .models.configuration_tokenformer_vision import TokenformerVisionConfig
+
+    return {"tokenformer": TokenformerConfig, "tokenformer_vision": TokenformerVisionConfig}
+
+
+def _register_configs() -> None:
     from transformers import AutoConfig
 
-    from .models.configuration_tokenformer import TokenformerConfig
-
-    AutoConfig.register("tokenformer", TokenformerConfig, exist_ok=True)
+    for kind, config in _configs().items():
+        AutoConfig.register(kind, config, exist_ok=True)
 
 
 def _register_models() -> None:
@@ -145,26 +173,25 @@ def _register_models() -> None:
 
     At once would be too early: what they are made of in transformers may be what is importing the Auto classes.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+    import transformers
     from wrapt import lazy_import
 
-    from .models.configuration_tokenformer import TokenformerConfig
+    for kind, config in _configs().items():
+        for mapping, name in _AUTO[kind].items():
+            model = lazy_import(f"{__name__}.models.modeling_{kind}", name, interface=type)
+            getattr(transformers, mapping).register(config, model, exist_ok=True)
 
-    module = f"{__name__}.models.modeling_tokenformer"
-    for mapping, name in ((MODEL_MAPPING, "TokenformerModel"), (MODEL_FOR_CAUSAL_LM_MAPPING, "TokenformerForCausalLM")):
-        mapping.register(TokenformerConfig, lazy_import(module, name, interface=type), exist_ok=True)
 
-
-def _register_classes() -> None:
+def _register_classes(kind: str) -> None:
     """Put the models themselves where those that import themselves were."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+    import transformers
 
-    from .models.modeling_tokenformer import TokenformerConfig, TokenformerForCausalLM, TokenformerModel
+    module = import_module(f".models.modeling_{kind}", __name__)
+    for mapping, name in _AUTO[kind].items():
+        getattr(transformers, mapping).register(_configs()[kind], getattr(module, name), exist_ok=True)
 
-    MODEL_MAPPING.register(TokenformerConfig, TokenformerModel, exist_ok=True)
-    MODEL_FOR_CAUSAL_LM_MAPPING.register(TokenformerConfig, TokenformerForCausalLM, exist_ok=True)
 
-
-after_import("transformers.models.auto.configuration_auto", _register_config)
+after_import("transformers.models.auto.configuration_auto", _register_configs)
 after_import("transformers.models.auto.modeling_auto", _register_models)
-after_import(f"{__name__}.models.modeling_tokenformer", _register_classes)
+for _kind in _AUTO:
+    after_import(f"{__name__}.models.modeling_{_kind}", partial(_register_classes, _kind))

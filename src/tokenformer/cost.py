@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .growth.architectures import architecture_of, group_names, places, token_groups
+from .growth.architectures import architecture_of, auto_class, group_names, places, token_groups
 from .growth.neurons import GroupedLinear
 from .growth.state import read_map
 
@@ -69,11 +70,12 @@ def training_flops(config: PreTrainedConfig, context: int) -> float:
     return 3.0 * forward_flops(config, context)
 
 
-def training_flops_of(model: PreTrainedModel, context: int) -> float:
-    """FLOPs per text token of forward and backward of a model in memory, whose frozen parts may save some.
+def training_flops_of(model: PreTrainedModel, context: int | None = None) -> float:
+    """FLOPs of forward and backward of a model in memory, whose frozen parts may save some.
 
-    Every map multiplies once forward, once for the gradient of its weight where that trains, and once for the gradient
-    of its input where anything below it trains. Which inputs those are is seen in a pass over one text token.
+    They are those per text token over `context` text tokens, or per image of a model that reads images. Every map
+    multiplies once forward, once for the gradient of its weight where that trains, and once for the gradient of its
+    input where anything below it trains. Which inputs those are is seen in a pass over one text token, or one image.
     """
     row, config = architecture_of(model.config), model.config
     blocks = row.blocks_of(model)
@@ -81,19 +83,21 @@ def training_flops_of(model: PreTrainedModel, context: int) -> float:
     within = {inner for m in grouped for inner in m.groups.values()}
     plain: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m not in within]
     mixers = [block.get_submodule(row.last[0]) for block in blocks]
-    reached = _reached(model, {*grouped, *plain, *mixers})
-    weights = [(m.weight, m in reached) for m in plain]
-    weights += [(inner.weight, m in reached) for m in grouped for inner in m.groups.values()]
-    products = sum(weight.numel() * (1 + weight.requires_grad + below) for weight, below in weights)
-    attention = _attention_flops(config, context)
-    return 2.0 * products + sum(attention * (3 if mixer in reached else 1) for mixer in mixers)
+    rows, reached = _read(model, {*grouped, *plain, *mixers})
+    weights = [(m.weight, m) for m in plain]
+    weights += [(inner.weight, m) for m in grouped for inner in m.groups.values()]
+    products = sum(w.numel() * rows[m] * (1 + w.requires_grad + (m in reached)) for w, m in weights)
+    attention = sum(rows[m] * _attention_flops(config, context or rows[m]) * (3 if m in reached else 1) for m in mixers)
+    return 2.0 * products + attention
 
 
-def _reached(model: nn.Module, modules: Collection[nn.Module]) -> set[nn.Module]:
-    """Return those of `modules` whose input depends on something that trains."""
+def _read(model: PreTrainedModel, modules: Collection[nn.Module]) -> tuple[Counter[nn.Module], set[nn.Module]]:
+    """Return how many rows each of `modules` reads of one text token or one image, and whose depend on what trains."""
+    rows: Counter[nn.Module] = Counter()
     reached: set[nn.Module] = set()
 
     def look(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        rows[module] += arguments[0].numel() // arguments[0].shape[-1]
         if arguments[0].requires_grad:
             reached.add(module)
 
@@ -101,12 +105,21 @@ def _reached(model: nn.Module, modules: Collection[nn.Module]) -> set[nn.Module]
     training = model.training
     try:
         with torch.enable_grad():
-            model.eval()(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
+            model.eval()(**_smallest(model))
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return reached
+    return rows, reached
+
+
+def _smallest(model: PreTrainedModel) -> dict[str, Any]:
+    """Return one text token, or one image, as the model takes it."""
+    device = next(model.parameters()).device
+    if model.main_input_name == "pixel_values":
+        shape = (1, model.config.num_channels, *model.config.image_height_width)
+        return {"pixel_values": torch.zeros(shape, device=device)}
+    return {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=device), "use_cache": False}
 
 
 def _attention_flops(config: PreTrainedConfig, context: int) -> float:
@@ -131,4 +144,5 @@ def _model(config: PreTrainedConfig) -> nn.Module:
 def _built(content: str) -> nn.Module:
     fields = json.loads(content)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+        config = AutoConfig.for_model(**fields)
+        return auto_class(config).from_config(config)

@@ -12,10 +12,20 @@ import time
 
 import pytest
 import torch
-from group_operations import as_trained, leftovers, link, logits, make_family, ordinary, same_files, train  # noqa: F401
+from group_operations import (
+    as_trained,
+    leftovers,
+    link,
+    logits,
+    make_family,  # noqa: F401
+    ordinary,
+    random_lesson,
+    same_files,
+    train,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import SIZES, make, tiny, two_groups
+from tiny_models import SIZES, make, tiny, tiny_vision, two_groups
 from transformers import Phi3Config
 
 from tokenformer import grow
@@ -26,7 +36,7 @@ from tokenformer.checkpoints.optimizer import load_states
 from tokenformer.checkpoints.rewrite import merge_checkpoints, open_checkpoint, rewrite
 from tokenformer.checkpoints.verify import weight_files, weights_digest
 from tokenformer.errors import CheckpointError, GrowthError
-from tokenformer.growth.architectures import group_names
+from tokenformer.growth.architectures import architecture_of, group_names
 from tokenformer.growth.freeze import freeze_only, trainable_parts
 from tokenformer.growth.groups import consolidate_operation, drop_operation, merge
 from tokenformer.growth.grow import grow_operation
@@ -52,6 +62,7 @@ MODELS = {
     "grown": lambda: make("grown"),
     "per_group": lambda: tiny(token_group_norm="per_group"),
     "biased": lambda: tiny(pattention_bias=True, norm_activation_type="gelu", use_parallel_residual=True),
+    "vision": lambda: two_groups("paper", make=tiny_vision),
     "llama": llama,
     "phi3": phi3,
 }
@@ -62,7 +73,7 @@ def operations(config, dtype):
     names = group_names(config)
     seeded = {"seed": 5, "dtype": dtype}
     yield grow_operation(config, **seeded, ffn_param_tokens="+25%", num_hidden_layers="+2")
-    if config.model_type == "tokenformer":
+    if architecture_of(config).has_pattention:
         yield grow_operation(config, **seeded, qkv_param_tokens="+3", output_param_tokens="+3", name="x")
     if len(names) > 1:
         yield drop_operation(config, names[1:])
@@ -115,8 +126,7 @@ def with_states(folder, model, frozen=()):
     freeze_only(model, frozen)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(3):
-        ids = torch.randint(0, 128, (2, 16))
-        model(ids, labels=ids).loss.backward()
+        model(**random_lesson(model)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     states = {n: dict(optimizer.state[p]) for n, p in model.named_parameters() if p in optimizer.state}
@@ -131,7 +141,7 @@ def same_states(a, b):
     )
 
 
-@pytest.mark.parametrize("kind", ["paper", "ffn", "grown", "llama", "phi3"])
+@pytest.mark.parametrize("kind", ["paper", "ffn", "grown", "vision", "llama", "phi3"])
 @pytest.mark.parametrize("frozen", [(), ("base", "embedding")])
 def test_the_optimizers_state_moves_along(kind, frozen, tmp_path):
     model = MODELS[kind]()

@@ -222,7 +222,7 @@ def test_children_that_were_loaded_merge_with_those_in_memory(tmp_path):
     assert group_names(a.config) == ["base", "a", "b"]
 
 
-@pytest.mark.parametrize("kind", ["paper", "ffn", "gelu", "llama"])
+@pytest.mark.parametrize("kind", ["paper", "ffn", "gelu", "vision", "llama"])
 def test_consolidating_concatenates_in_the_order_of_the_groups(kind):
     model = KINDS[kind]()
     for name in ("a", "b"):

@@ -9,15 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny_models import FAMILIES, tiny, tokens
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, images, tiny, tiny_vision, tokens
+from transformers import AutoConfig, AutoModelForCausalLM, ViTImageProcessorPil
 
 import tokenformer
 from tokenformer import TokenformerForCausalLM, grow
 
-FILES = ["configuration_tokenformer.py", "fused.py", "modeling_tokenformer.py", "names.py", "pattention.py"]
-CODE = {name: (Path(tokenformer.__file__).parent / "models" / name).read_text() for name in FILES}
+FILES = [
+    "configuration_blocks.py",
+    "configuration_tokenformer.py",
+    "fused.py",
+    "modeling_tokenformer.py",
+    "names.py",
+    "pattention.py",
+]
+VISION_FILES = [*FILES, "configuration_tokenformer_vision.py", "modeling_tokenformer_vision.py"]
+CODE = {name: (Path(tokenformer.__file__).parent / "models" / name).read_text() for name in VISION_FILES}
 ASKED = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 # Load a folder trusting nobody. Then load every one by each Auto class, run it, save it, load and run what was saved.
 LOAD = f"""
@@ -48,6 +56,30 @@ for folder in sys.argv[1:]:
     found = dict(hidden=base(ids).last_hidden_state, logits=model(ids).logits, written=model.generate(ids, **{ASKED}))
     found |= dict(hidden_again=base_again(ids).last_hidden_state, logits_again=again(ids).logits)
     save_file(found, folder + "/found.safetensors")
+"""
+LOAD_VISION = """
+import sys
+from importlib.util import find_spec
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForImageClassification, pipeline
+
+assert find_spec("tokenformer") is None
+folder, images = sys.argv[1], load_file(sys.argv[1] + "/images.safetensors")["images"]
+model, report = AutoModelForImageClassification.from_pretrained(
+    folder, trust_remote_code=True, output_loading_info=True
+)
+assert not any(report.values()), report
+assert type(model).__name__ == "TokenformerForImageClassification"
+model.save_pretrained(folder + "/again")
+again = AutoModelForImageClassification.from_pretrained(folder + "/again", trust_remote_code=True)
+base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+classify = pipeline("image-classification", model=folder, trust_remote_code=True)
+picture = ((images[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+from PIL import Image
+print(classify(Image.fromarray(picture), top_k=1)[0]["label"])
+found = dict(logits=model(images).logits, again=again(images).logits, pooled=base(images).pooler_output.contiguous())
+save_file(found, folder + "/found.safetensors")
 """
 
 
@@ -97,7 +129,26 @@ def test_loads_runs_and_saves_without_the_package_once_it_is_trusted(run, tmp_pa
         configs = [json.loads((folder / copy / "config.json").read_text()) for copy in ("", "again", "base")]
         assert configs[0] == configs[1] == configs[2] | {"architectures": ["TokenformerForCausalLM"]}
         for copy in (folder, folder / "again", folder / "base"):
-            assert {file.name: file.read_text() for file in copy.glob("*.py")} == CODE
+            assert {file.name: file.read_text() for file in copy.glob("*.py")} == {name: CODE[name] for name in FILES}
         back = AutoModelForCausalLM.from_pretrained(folder / "again", trust_remote_code=True)
         assert type(back) is TokenformerForCausalLM, "the package comes before the code in the checkpoint"
         assert torch.equal(back(ids).logits, want.logits)
+
+
+def test_an_image_classifier_does_too(run, tmp_path):
+    model = tiny_vision()
+    grow(model, ffn_param_tokens="+50%", num_hidden_layers="+1")
+    model.save_pretrained(tmp_path)
+    half = [0.5, 0.5, 0.5]
+    ViTImageProcessorPil(size={"height": 12, "width": 16}, image_mean=half, image_std=half).save_pretrained(tmp_path)
+    x = (((images() + 1) * 127.5).round() / 127.5 - 1).contiguous()
+    save_file({"images": x}, tmp_path / "images.safetensors")
+    done = run(LOAD_VISION, tmp_path)
+    assert done.returncode == 0, done.stderr
+    found, want = load_file(tmp_path / "found.safetensors"), model(x)
+    assert torch.equal(found["logits"], want.logits) and torch.equal(found["again"], want.logits)
+    assert torch.equal(found["pooled"], model.model(x).pooler_output)
+    assert done.stdout.split()[-1] == model.config.id2label[want.logits[0].argmax().item()]
+    assert {file.name: file.read_text() for file in (tmp_path / "again").glob("*.py")} == CODE
+    auto_map = AutoConfig.from_pretrained(tmp_path / "again").auto_map
+    assert auto_map["AutoModel"] == "modeling_tokenformer_vision.TokenformerVisionModel"

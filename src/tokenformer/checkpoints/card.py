@@ -6,25 +6,37 @@ from huggingface_hub import ModelCardData
 from transformers import PreTrainedConfig
 
 from .. import cost
-from ..growth.architectures import GroupEntry, token_groups
+from ..growth.architectures import GroupEntry, architecture_of, token_groups
 from ..units import counted
 from .lineage import Event, Lineage
 
 _LOADING = """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import {model}, {reader}
 
 folder = "."  # this folder, or the name it has on the Hub
-model = AutoModelForCausalLM.from_pretrained(folder{trust})
-tokenizer = AutoTokenizer.from_pretrained(folder)
+model = {model}.from_pretrained(folder{trust})
+{variable} = {reader}.from_pretrained(folder)
 ```"""
 _TRUST = """
 
 `trust_remote_code=True` runs the model's code files in this folder; with the package `tokenformer` installed and
 imported it is not needed."""
-_TOKENFORMER = "A language model whose parameters are tokens ([TokenFormer](https://arxiv.org/abs/2410.23168))"
+_TOKENFORMER = "{article} {what} whose parameters are tokens ([TokenFormer](https://arxiv.org/abs/2410.23168))"
 _ORDINARY = """\
-An ordinary {kind} language model, which every tool loads; the neurons of its feed-forward are kept by token group"""
+An ordinary {kind} {what}, which every tool loads; the neurons of its feed-forward are kept by token group"""
+
+# By its Auto class: what a model is, the pipeline it is for, and what makes its inputs.
+_KINDS = {
+    "AutoModelForCausalLM": ("A", "language model", "text-generation", "AutoTokenizer", "tokenizer"),
+    "AutoModelForImageClassification": (
+        "An",
+        "image classifier",
+        "image-classification",
+        "AutoImageProcessor",
+        "processor",
+    ),
+}
 
 
 def model_card(config: PreTrainedConfig, lineage: Lineage, *, license: str | None = None) -> str:
@@ -35,10 +47,10 @@ def model_card(config: PreTrainedConfig, lineage: Lineage, *, license: str | Non
         lineage: data, cost, growth history.
         license: identifier of the weights' licence, such as "apache-2.0"; None says that nobody stated one.
     """
-    data = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=["tokenformer"], license=license
-    )
-    ours = config.model_type == "tokenformer"
+    row = architecture_of(config)
+    ours, (article, what, task, reader, variable) = row.has_pattention, _KINDS[row.auto]
+    data = ModelCardData(library_name="transformers", pipeline_tag=task, tags=["tokenformer"], license=license)
+    loading = {"model": row.auto, "reader": reader, "variable": variable, "trust": ""}
     tokens, parameters = cost.group_tokens(config), cost.group_parameters(config)
     groups = [
         f"| {group.name} | {_counts(group)} | {tokens[group.name]:,} | {parameters[group.name]:,} |"
@@ -59,12 +71,13 @@ def model_card(config: PreTrainedConfig, lineage: Lineage, *, license: str | Non
     lines = [
         f"---\n{data.to_yaml()}\n---",
         f"# A {'TokenFormer' if ours else config.model_type}",
-        f"{_TOKENFORMER if ours else _ORDINARY.format(kind=config.model_type)}: "
+        f"{(_TOKENFORMER if ours else _ORDINARY).format(article=article, kind=config.model_type, what=what)}: "
         f"{cost.parameters(config):,} parameters, {counted(config.num_hidden_layers, 'block')} of width "
-        f"{config.hidden_size}, {counted(config.num_attention_heads, 'head')}, vocabulary {config.vocab_size:,}, "
-        f"context {config.max_position_embeddings:,} text tokens.",
+        f"{config.hidden_size}, {counted(config.num_attention_heads, 'head')}, {_reads(config)}.",
         "## Load it",
-        _LOADING.format(trust=", trust_remote_code=True") + _TRUST if ours else _LOADING.format(trust=""),
+        _LOADING.format(**loading | {"trust": ", trust_remote_code=True"}) + _TRUST
+        if ours
+        else _LOADING.format(**loading),
         "## Token groups",
         "\n".join(
             [
@@ -80,6 +93,15 @@ def model_card(config: PreTrainedConfig, lineage: Lineage, *, license: str | Non
         "The whole story, with recipes, seeds, versions and parents' digests, is in `lineage.json`.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _reads(config: PreTrainedConfig) -> str:
+    """Say what a model takes and what it chooses from."""
+    if architecture_of(config).auto == "AutoModelForCausalLM":
+        return f"vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,} text tokens"
+    height, width = config.image_height_width
+    size = f"{height} × {width} pixels in patches of {config.patch_size} × {config.patch_size}"
+    return f"images of {size}, {counted(config.num_labels, 'label')}"
 
 
 def _counts(group: GroupEntry) -> str:

@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -32,7 +31,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..data.tokenizer import vocabulary_size
 from ..errors import CheckpointError, TokenizerError
-from ..growth.architectures import ARCHITECTURES, architecture_of, frozen_names
+from ..growth.architectures import ARCHITECTURES, architecture_of, auto_class, frozen_names
 from ..growth.freeze import freeze
 from ..growth.neurons import group_neurons
 from ..growth.select import shrink
@@ -149,7 +148,7 @@ def _save_streamed(folder: Path, model: PreTrainedModel, weights: Weights, on_pr
     if model._auto_class is not None:
         custom_object_save(model, folder, config)
     config.save_pretrained(folder)
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     return digest.hexdigest()
 
@@ -189,7 +188,7 @@ def load_checkpoint(
     config = read_config(path)
     lineage = verify_checkpoint(path)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
+        model, report = auto_class(config).from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
     except RuntimeError as error:  # tensors of other shapes
         raise CheckpointError(f"checkpoint {path} does not fit its own config.json: {error}") from error
     report["unexpected_keys"] = [name for name in report["unexpected_keys"] if not is_old_buffer(name)]

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, GrowthError
-from ..growth.architectures import Groups, architecture_of, group_names
+from ..growth.architectures import Groups, architecture_of, auto_class, group_names
 from ..growth.groups import check_siblings, merge_operation
 from ..growth.layout import TokenMap
 from ..growth.operations import Operation
@@ -130,7 +130,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _without_weights(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return auto_class(config).from_config(config, dtype=dtype)
 
 
 def rewrite(

@@ -91,17 +91,19 @@ _GATED = Architecture(
     maps=mlp_maps(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
     last=("self_attn.o_proj", "mlp.down_proj"),
 )
+_TOKENFORMER = Architecture(
+    prefix="model",
+    blocks="layers",
+    depth="num_hidden_layers",
+    final_norm="norm",
+    counts={projection: f"{projection}_param_tokens" for projection in PROJECTIONS},
+    maps=tuple(pattention_map(name, p) for p, names in PROJECTIONS.items() for name in names),
+    last=("self_attn.o_proj", "mlp"),
+)
 _NORMED = replace(_GATED, adds=("post_attention_layernorm", "post_feedforward_layernorm"))
 ARCHITECTURES: dict[str, Architecture] = {
-    "tokenformer": Architecture(
-        prefix="model",
-        blocks="layers",
-        depth="num_hidden_layers",
-        final_norm="norm",
-        counts={projection: f"{projection}_param_tokens" for projection in PROJECTIONS},
-        maps=tuple(pattention_map(name, p) for p, names in PROJECTIONS.items() for name in names),
-        last=("self_attn.o_proj", "mlp"),
-    ),
+    "tokenformer": _TOKENFORMER,
+    "tokenformer_vision": replace(_TOKENFORMER, auto="AutoModelForImageClassification", head="classifier"),
     "llama": _GATED,
     "mistral": _GATED,
     "qwen2": _GATED,
@@ -184,6 +186,13 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     return ARCHITECTURES[config.model_type]
 
 
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the Auto class of transformers that makes the whole model of a configuration, with its head."""
+    import transformers
+
+    return getattr(transformers, architecture_of(config).auto)
+
+
 def token_groups(config: PreTrainedConfig) -> list[GroupEntry]:
     """Return what a configuration says of the token groups of any model, in the order in which they were added."""
     listed = getattr(config, "token_groups", None)
@@ -228,7 +237,7 @@ def with_groups(
     new.token_groups = [group.to_config() for group in groups]
     for projection, count in row.counts.items():
         totals = [sum(group.count(projection, i) for group in groups) for i in range(row.depth_of(new))]
-        if config.model_type != "tokenformer" and len(set(totals)) > 1:
+        if not row.has_pattention and len(set(totals)) > 1:
             raise GrowthError(
                 f"the blocks would have {min(totals)} to {max(totals)} neurons, but a {config.model_type!r} model "
                 f"has one number for all, {count}; choose the same for every block"

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import GrowthError
-from ..models.configuration_tokenformer import preset_sizes
 from ..models.names import PROJECTIONS
 from ..models.pattention import default_tau, draw_tokens, zero_of_new_group
 from .architectures import GroupEntry, Groups, architecture_of, check_new, group_names, token_groups, with_groups
@@ -158,7 +157,7 @@ def grow_operation(
         generator = torch.Generator().manual_seed(
             int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest())
         )
-        if config.model_type == "tokenformer":
+        if row.has_pattention:
             tokens = _new_tokens(
                 grown, token_map, count, zero_of_new_group(bool(old), chosen or "joint"), generator, device, dtype
             )
@@ -258,12 +257,12 @@ def _group_norm(config: PreTrainedConfig, groups: list[GroupEntry], asked: str |
 
 
 def _preset_totals(config: PreTrainedConfig, preset: str) -> dict[str, Amount | None]:
+    if not architecture_of(config).has_pattention:
+        raise GrowthError(f"presets are sizes of TokenFormers; this is a {config.model_type!r} model: give totals")
     try:
-        sizes = preset_sizes(preset)
+        sizes = config.preset_sizes(preset)
     except ValueError as error:
         raise GrowthError(str(error)) from error
-    if config.model_type != "tokenformer":
-        raise GrowthError(f"presets are sizes of TokenFormers; this is a {config.model_type!r} model: give totals")
     for field in ("hidden_size", "num_attention_heads", "use_parallel_residual", "use_embedding_norm"):
         if sizes.get(field, False) != getattr(config, field):
             raise GrowthError(

@@ -76,7 +76,7 @@ class Architecture:
     """Where one kind of model keeps what operations on token groups need.
 
     Attributes:
-        prefix: name of the base model in the language model.
+        prefix: name of the base model in the whole model, which has a head.
         blocks: name of the list of blocks in the base model.
         depth: configuration field that counts them.
         final_norm: name of the norm after the blocks in the base model.
@@ -87,6 +87,8 @@ class Architecture:
             are not those of `last`.
         stored: tensors that have another name in files, and that name.
         open_count: parameter tokens where the configuration leaves their number open, in multiples of the width.
+        auto: name of the transformers' Auto class that makes the whole model.
+        head: name of what the whole model has beside the base model.
         why_not_deeper: says of a configuration why a block cannot be inserted without changing the outputs; None where
             one whose last maps are zero adds nothing, and no block depends on its number.
     """
@@ -101,7 +103,14 @@ class Architecture:
     adds: tuple[str, ...] = ()
     stored: Mapping[str, str] = field(default_factory=dict)
     open_count: int = 4
+    auto: str = "AutoModelForCausalLM"
+    head: str = "lm_head"
     why_not_deeper: Callable[[PreTrainedConfig], str | None] = lambda config: None
+
+    @property
+    def has_pattention(self) -> bool:
+        """Whether its maps are Pattention, which keeps its token groups apart; else they are an ordinary MLP's."""
+        return any("{group}" in part.tensor for token_map in self.maps for part in token_map.parts)
 
     def block_name(self, index: int) -> str:
         """Prefix of the names of a block's tensors in the language model's state dict."""
@@ -120,7 +129,8 @@ class Architecture:
         if any(name.startswith(f"{self.prefix}.") for name in names.values()):
             return names
         # Saved without its head.
-        return {file: name if name == "lm_head.weight" else f"{self.prefix}.{name}" for file, name in names.items()}
+        head = f"{self.head}."
+        return {file: name if name.startswith(head) else f"{self.prefix}.{name}" for file, name in names.items()}
 
     def is_last(self, tensor: str) -> bool:
         """Whether a block whose last maps' tensors (name in the block) are zero adds nothing: is this one of them?"""

@@ -105,9 +105,10 @@ def group_neurons(model: PreTrainedModel) -> None:
         GrowthError: no row in the table, or maps that are not plain (LoRA, quantised). The model is then untouched.
     """
     config = model.config
-    if config.model_type == "tokenformer":
+    row = architecture_of(config)
+    if row.has_pattention:
         return
-    row, groups = architecture_of(config), token_groups(config)
+    groups = token_groups(config)
     blocks = row.blocks_of(model)
     found: list[tuple[nn.Module, str, nn.Module]] = []
     for block, token_map in places(config):

@@ -216,7 +216,7 @@ def content_digest(config: PreTrainedConfig, state: State, groups: Collection[st
     """
     row, digest = architecture_of(config), hashlib.sha256()
     # A state dict has a tied head, files mostly not.
-    covered = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    covered = {f"{row.head}.weight"} if config.tie_word_embeddings else set()
     for block, token_map in places(config):
         found = read_map(config, state, block, token_map)
         covered |= {row.block_name(block) + name for name in names_of_map(token_map, found)}

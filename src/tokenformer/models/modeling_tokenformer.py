@@ -28,12 +28,13 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_tokenformer import TokenformerConfig, count_at
+from .configuration_blocks import TokenformerBlocksConfig, count_at
+from .configuration_tokenformer import TokenformerConfig
 from .names import PROJECTIONS
 from .pattention import DEFAULT_EPS, Gate, Pattention, reset_linear
 
 
-def make_pattention(config: TokenformerConfig, projection: str, layer_idx: int) -> Pattention:
+def make_pattention(config: TokenformerBlocksConfig, projection: str, layer_idx: int) -> Pattention:
     """Make one D to D map of `projection` ("qkv", "output" or "ffn") with the groups block `layer_idx` has there."""
     assert config.token_groups is not None and config.linear_projections is not None
     writes, at_creation = projection != "qkv", config.output_initializer_range
@@ -62,16 +63,16 @@ def make_pattention(config: TokenformerConfig, projection: str, layer_idx: int) 
 
 
 class TokenformerAttention(nn.Module):
-    """Causal self-attention whose query, key, value and output projections are Pattention."""
+    """Self-attention whose query, key, value and output projections are Pattention; causal where the model is."""
 
-    def __init__(self, config: TokenformerConfig, layer_idx: int) -> None:
+    def __init__(self, config: TokenformerBlocksConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = 0.0
-        self.is_causal = True
+        self.is_causal = not config.attends_both_ways
         self.q_proj = make_pattention(config, "qkv", layer_idx)
         self.k_proj = make_pattention(config, "qkv", layer_idx)
         self.v_proj = make_pattention(config, "qkv", layer_idx)
@@ -80,12 +81,15 @@ class TokenformerAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
-        """Map `[B, T, D]` to `[B, T, D]`; also the attention weights `[B, H, T, T_all]` where the backend has them."""
+        """Map `[B, T, D]` to `[B, T, D]`; also the attention weights `[B, H, T, T_all]` where the backend has them.
+
+        `position_embeddings`: of the rotation of queries and keys; None where positions are told otherwise.
+        """
         input_shape = hidden_states.shape[:-1]
         heads = (*input_shape, -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
@@ -94,7 +98,8 @@ class TokenformerAttention(nn.Module):
         if self.config.use_qk_norm:
             # On GPUs autocast widens norms to float32; not every attention takes that beside narrower values.
             query, key = (self._norm(x).to(value.dtype) for x in (query, key))
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if position_embeddings is not None:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -122,7 +127,7 @@ class TokenformerDecoderLayer(GradientCheckpointingLayer):
     With `use_parallel_residual` both maps read the block's input, and their outputs are added to it.
     """
 
-    def __init__(self, config: TokenformerConfig, layer_idx: int) -> None:
+    def __init__(self, config: TokenformerBlocksConfig, layer_idx: int) -> None:
         super().__init__()
         self.use_parallel_residual = config.use_parallel_residual
         norm = partial(nn.LayerNorm, config.hidden_size, config.layer_norm_eps, config.elementwise_affine)
@@ -139,9 +144,9 @@ class TokenformerDecoderLayer(GradientCheckpointingLayer):
 
 
 class TokenformerPreTrainedModel(PreTrainedModel):
-    """What both models share: capabilities transformers asks for, and initialisation."""
+    """What all models share: capabilities transformers asks for, and initialisation."""
 
-    config: TokenformerConfig
+    config: TokenformerBlocksConfig
     config_class = TokenformerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -174,6 +179,12 @@ class TokenformerPreTrainedModel(PreTrainedModel):
         """The maps of every block by projection ("qkv", "output", "ffn"), in the order of the blocks."""
         blocks = self.base_model.layers
         return {p: [b.get_submodule(name) for b in blocks for name in names] for p, names in PROJECTIONS.items()}
+
+    def scaled_embeddings(self, embeddings: Tensor) -> Tensor:
+        """Return embeddings `[*, D]` as the first block reads them: over their root mean square, or as they are."""
+        if not self.config.use_embedding_norm:
+            return embeddings
+        return F.rms_norm(embeddings, (self.config.hidden_size,), eps=DEFAULT_EPS).to(embeddings.dtype)
 
 
 class TokenformerModel(TokenformerPreTrainedModel):
@@ -223,10 +234,7 @@ class TokenformerModel(TokenformerPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        hidden_states = inputs_embeds
-        if self.config.use_embedding_norm:
-            width = (self.config.hidden_size,)
-            hidden_states = F.rms_norm(inputs_embeds, width, eps=DEFAULT_EPS).to(inputs_embeds.dtype)
+        hidden_states = self.scaled_embeddings(inputs_embeds)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for layer in self.layers:
             hidden_states = layer(

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .. import cost
 from ..growth.architectures import ARCHITECTURES
-from ..models.configuration_tokenformer import TokenformerConfig, preset_sizes
+from ..models.configuration_tokenformer import TokenformerConfig
 from ..sections import Section
 
 
@@ -69,8 +69,8 @@ class ModelSection(Section):
             ValueError: sizes that make no model.
         """
         given = self.model_dump(exclude=self._own(), exclude_none=True, exclude_unset=True)
-        preset = preset_sizes(self.preset) if self.preset else {}
-        kind = CONFIG_MAPPING[self.architecture]
+        kind: Any = CONFIG_MAPPING[self.architecture]
+        preset = kind.preset_sizes(self.preset) if self.preset else {}
         derived = {name: value for name, value in derived.items() if kind.attribute_map.get(name, name) not in given}
         try:
             config = kind(**{**preset, **derived, **given})
@@ -83,13 +83,13 @@ class ModelSection(Section):
     def _makes_sense(self) -> ModelSection:
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"there is no architecture {self.architecture!r}; there are {', '.join(ARCHITECTURES)}")
+        kind: Any = CONFIG_MAPPING[self.architecture]
         if self.preset is not None:
-            preset_sizes(self.preset)  # or says which there are
-            if self.architecture != "tokenformer":
+            if not ARCHITECTURES[self.architecture].has_pattention:
                 raise ValueError(
                     f"presets are sizes of TokenFormers; take out preset or architecture {self.architecture!r}"
                 )
-        kind = CONFIG_MAPPING[self.architecture]
+            kind.preset_sizes(self.preset)  # or says which there are
         # Without most of what every configuration has: `architectures`, a likely slip, is one of those.
         known = {*kind.attribute_map, *_names(kind)} - (_names(PreTrainedConfig) - {"tie_word_embeddings"})
         for name in sorted(self.model_fields_set - known - self._own()):
