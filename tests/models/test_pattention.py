@@ -11,11 +11,9 @@ from torch import nn
 from tokenformer.models.pattention import (
     NORM_ACTIVATION_TYPES,
     Pattention,
-    default_tau,
-    draw_tokens,
     pattention,
-    zero_of_new_group,
 )
+from tokenformer.models.token_group import default_tau, draw_tokens, zero_of_new_group
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 

@@ -17,7 +17,7 @@ from ..errors import GrowthError
 from ..growth.architectures import architecture_of, group_names, token_groups, with_groups
 from ..growth.grow import Amount, resolve_amount
 from ..growth.neurons import group_neurons
-from ..models.pattention import default_tau, reset_linear
+from ..models.token_group import default_tau, reset_linear
 from ..training.optimization import grow_with_states, states_by_group
 
 Grown = tuple[PreTrainedModel, OptimizerState]

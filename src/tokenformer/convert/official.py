@@ -20,7 +20,7 @@ from ..errors import ConversionError
 from ..growth.architectures import token_groups
 from ..models.configuration_tokenformer import TokenformerConfig
 from ..models.names import BASE_GROUP, PROJECTIONS
-from ..models.pattention import default_tau
+from ..models.token_group import default_tau
 from ..units import counted
 
 # The YAML's fields that decide what the model computes, and ours. `None`: no default, must be there.

@@ -269,7 +269,7 @@ def check_new(config: PreTrainedConfig, name: str, *, besides: Collection[str] =
     taken = [there for there in group_names(config) if there not in besides]
     if name in taken:
         raise GrowthError(f"token group {name!r} exists already, beside {', '.join(taken)}; choose another name")
-    from ..models.pattention import check_group
+    from ..models.token_group import check_group
 
     try:
         check_group(name, 0)

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import GrowthError
 from ..models.names import PROJECTIONS
-from ..models.pattention import default_tau, draw_tokens, zero_of_new_group
+from ..models.token_group import default_tau, draw_tokens, zero_of_new_group
 from .architectures import GroupEntry, Groups, architecture_of, check_new, group_names, token_groups, with_groups
 from .layout import TokenMap
 from .neurons import refuse_unless_plain

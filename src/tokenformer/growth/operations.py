@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..models.pattention import Pattention, TokenGroup
+from ..models.pattention import Pattention
+from ..models.token_group import TokenGroup
 from .architectures import Groups, architecture_of, frozen_names, places
 from .layout import TokenMap
 from .neurons import as_parameter, group_neurons, refuse_unless_plain

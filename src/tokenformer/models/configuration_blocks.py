@@ -17,9 +17,8 @@ from .pattention import (
     NORM_ACTIVATION_TYPES,
     TOKEN_GROUP_NORMS,
     check_choice,
-    check_group,
-    default_tau,
 )
+from .token_group import check_group, default_tau
 
 # What an entry of token_groups may say beside its name and counts, where it is so.
 _GROUP_NOTES = ("routed", "blocks")

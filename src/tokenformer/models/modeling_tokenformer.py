@@ -31,7 +31,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_blocks import TokenformerBlocksConfig, count_at
 from .configuration_tokenformer import TokenformerConfig
 from .names import PROJECTIONS
-from .pattention import DEFAULT_EPS, Gate, Pattention, reset_linear
+from .pattention import DEFAULT_EPS, Pattention
+from .token_group import Gate, reset_linear
 
 
 def make_pattention(config: TokenformerBlocksConfig, projection: str, layer_idx: int) -> Pattention:

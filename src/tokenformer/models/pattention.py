@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +22,21 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from .fused import FusedPattention, add_up, can_read, sum_of_squares, token_weights, weigh_in_place
 from .names import BASE_GROUP
+from .token_group import (
+    Gate,
+    TokenGroup,
+    check_group,
+    default_tau,
+    draw_tokens,
+    linear_map,
+    reset_linear,
+    zero_of_new_group,
+)
 
 NORM_ACTIVATION_TYPES = ("l2_norm_gelu", "gelu_l2_norm", "gelu_l1_norm", "softmax", "gelu")
 TOKEN_GROUP_NORMS = ("joint", "per_group")
 # Far below any squared norm of trained scores, and above 1e-8, which optimizers of exported graphs take for 0.
 DEFAULT_EPS = 1e-7
-# What a model has beside token groups, in the words in which a recipe freezes it.
-_OTHER_PARTS = ("embedding", "final_norm", "linear_maps")
 
 
 def pattention(
@@ -57,87 +65,6 @@ def pattention(
     scores = [F.linear(x, k) for k in keys]
     weights = token_weights(scores, tau=tau, norm_activation_type=norm_activation_type, eps=eps)
     return add_up(F.linear(w, v) for w, v in zip(weights, values, strict=True))
-
-
-def zero_of_new_group(has_tokens: bool, token_group_norm: str) -> Literal["keys", "values"]:
-    """Say what of a new group must be zero so that it changes no output: the other half is random and lets it learn.
-
-    Beside tokens under one joint norm the keys: zero scores add exact zeros to the norm and to the output. Otherwise
-    the group is normalised alone and zero scores would have no direction, so the values.
-    """
-    return "keys" if has_tokens and token_group_norm == "joint" else "values"
-
-
-def draw_tokens(
-    in_features: int,
-    out_features: int,
-    num_tokens: int,
-    *,
-    zero: Literal["keys", "values"],
-    std: float,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Make the keys `[n, D]` and values `[E, n]` of a new group: one half zero, the other N(0, std²).
-
-    Random numbers are drawn on the CPU in `dtype`, so that a seed means the same on every device; on the meta device
-    none are drawn.
-    """
-    device = torch.device(torch.get_default_device() if device is None else device)
-    tokens = {
-        "keys": torch.zeros(num_tokens, in_features, device=device, dtype=dtype),
-        "values": torch.zeros(out_features, num_tokens, device=device, dtype=dtype),
-    }
-    random = "values" if zero == "keys" else "keys"
-    if device.type != "meta":
-        drawn = torch.empty(tokens[random].shape, device="cpu", dtype=dtype).normal_(std=std, generator=generator)
-        tokens[random] = drawn.to(device)
-    return tokens["keys"], tokens["values"]
-
-
-class TokenGroup(nn.Module):
-    """n parameter tokens: `keys` (weight `[n, D]`, a row a key) and `values` (weight `[E, n]`, a column a value)."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        num_tokens: int,
-        *,
-        key_std: float,
-        value_std: float,
-        bias: bool = False,
-        **factory: Any,
-    ) -> None:
-        super().__init__()
-        self.keys = _linear(in_features, num_tokens, key_std, factory, bias=bias)
-        self.values = _linear(num_tokens, out_features, value_std, factory)
-
-
-class Gate(nn.Module):
-    """Decides for each text token whether a routed group takes part: where `weight · x + bias` is positive.
-
-    Both are buffers, `[1, D]` and `[1]`, for a hard decision has no gradient.
-    """
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, in_features: int, **factory: Any) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.empty(1, in_features, **factory))
-        self.register_buffer("bias", torch.empty(1, **factory))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Open for every text token."""
-        nn.init.zeros_(self.weight)
-        nn.init.ones_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Score `x` `[*, D]`: `[*, 1]`."""
-        return F.linear(x.detach(), self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class Pattention(nn.Module):
@@ -196,7 +123,7 @@ class Pattention(nn.Module):
         self.keep = 1.0
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         has_linear = not any(counts.values()) if linear is None else linear
-        self.linear = _linear(in_features, out_features, linear_std, factory) if has_linear else None
+        self.linear = linear_map(in_features, out_features, linear_std, factory) if has_linear else None
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, **factory)) if bias else None)
         self.groups = nn.ModuleDict()
         self.gates = nn.ModuleDict()
@@ -226,11 +153,20 @@ class Pattention(nn.Module):
             nn.init.zeros_(self.bias)
 
     @torch.no_grad()
-    def add_group(self, name: str, num_tokens: int, generator: torch.Generator | None = None) -> None:
+    def add_group(
+        self,
+        name: str,
+        num_tokens: int,
+        generator: torch.Generator | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Append a token group so that every output stays bit for bit the same and the new tokens can still learn.
 
         Beside existing tokens the new keys are zero and the values random; beside a linear map alone, where τ is set
         here, and under `per_group` the other way round: see `zero_of_new_group`. `generator`: of the random half.
+        `device`, `dtype`: by default those of the layer's first parameter.
 
         Raises:
             ValueError: name taken or impossible, count not positive, or `softmax` with tokens already there under a
@@ -247,8 +183,10 @@ class Pattention(nn.Module):
                 "softmax does not keep its outputs when tokens are added: a new zero-score token has weight exp(0) = 1 "
                 "and takes it from the old ones; grow an l2_norm_gelu or gelu_l2_norm layer instead"
             )
-        like = next(self.parameters())
-        factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        if device is None or dtype is None:
+            like = next(self.parameters())
+            device, dtype = device or like.device, dtype or like.dtype
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         std = self.stds["value_std" if zero == "keys" else "key_std"]
         sizes = (self.in_features, self.out_features, num_tokens)
         keys, values = draw_tokens(*sizes, zero=zero, std=std, generator=generator, **factory)
@@ -325,13 +263,12 @@ class Pattention(nn.Module):
 
     def _plain_output(self, x: Tensor, groups: list[TokenGroup], closed: list[Tensor | None]) -> Tensor:
         """Call the maps, whatever they have become: quantised, LoRA-wrapped, sharded, hooked."""
-        assert self.tau is not None
         maps = [self._maps(group) for group in groups]
         scores = [keys(x) for keys, _ in maps]
         nothing = torch.finfo(scores[0].dtype).min if self.norm_activation_type == "softmax" else 0.0
         weights = token_weights(
             [_fill(s, mask, nothing) for s, mask in zip(scores, closed, strict=True)],
-            tau=self.tau,
+            tau=self._tau_of(groups),
             norm_activation_type=self.norm_activation_type,
             eps=self.eps,
             squares=self._sum_of_squares,
@@ -372,10 +309,16 @@ class Pattention(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, tensors = x.to(dtype), [t.to(dtype) for t in tensors]
-        assert self.tau is not None
+        tau = self._tau_of(groups)
         if torch.is_grad_enabled():
-            return FusedPattention.apply(x, self.tau, self.eps, *tensors)
-        return weigh_in_place(x, tensors[::2], tensors[1::2], self.tau, self.eps)
+            return FusedPattention.apply(x, tau, self.eps, *tensors)
+        return weigh_in_place(x, tensors[::2], tensors[1::2], tau, self.eps)
+
+    def _tau_of(self, groups: Sequence[TokenGroup]) -> float:
+        """Return τ of groups under one norm."""
+        tau = self.tau if groups[0].tau is None else groups[0].tau
+        assert tau is not None
+        return tau
 
     def _can_fuse(self, groups: Sequence[TokenGroup] = ()) -> bool:
         """Reading the weights is right only while every map is a plain, unhooked nn.Linear; compilers fuse better."""
@@ -393,21 +336,6 @@ class Pattention(nn.Module):
             self.tau = default_tau(self.num_tokens, self.norm_activation_type)
 
 
-def reset_linear(linear: nn.Linear) -> None:
-    """Draw the weight of a Pattention's map from N(0, init_std²) and set its bias, where it has one, to zero."""
-    nn.init.normal_(linear.weight, std=float(linear.init_std))  # type: ignore[arg-type]
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
-
-
-def _linear(
-    in_features: int, out_features: int, std: float, factory: dict[str, Any], *, bias: bool = False
-) -> nn.Linear:
-    linear = nn.Linear(in_features, out_features, bias=bias, **factory)
-    linear.init_std = std  # type: ignore[assignment]
-    return linear
-
-
 def _fill(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
     return x if mask is None else x.masked_fill(mask, value)
 
@@ -416,25 +344,7 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
-def default_tau(num_tokens: int, norm_activation_type: str) -> float:
-    """Return τ of a layer created with `num_tokens`: √n for L2 norms, n for L1 norms (as `softmax`), 1 for `gelu`."""
-    if norm_activation_type == "gelu":
-        return 1.0
-    return float(num_tokens) if norm_activation_type in ("softmax", "gelu_l1_norm") else math.sqrt(num_tokens)
-
-
 def check_choice(what: str, value: str, known: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `known`."""
     if value not in known:
         raise ValueError(f"{what} is {value!r}; it must be one of {', '.join(known)}")
-
-
-def check_group(name: str, num_tokens: int) -> None:
-    """Raise ValueError unless `name` can name a token group and `num_tokens` is a count."""
-    if not name.isidentifier() or hasattr(nn.ModuleDict(), name) or name in _OTHER_PARTS:
-        raise ValueError(
-            f"token group name {name!r} cannot be used: it becomes part of tensor names, so it must be letters, digits "
-            "and underscores, not start with a digit, and not be a word such as 'keys', 'values' or 'embedding'"
-        )
-    if num_tokens < 0:
-        raise ValueError(f"token group {name!r} cannot have {num_tokens} parameter tokens")
