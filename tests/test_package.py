@@ -207,6 +207,7 @@ def test_command_line_is_pinned():
     assert flags == {
         "train": ["--force", "--output", "--resume", "-o", "RECIPE"],
         "grow": [
+            "--at",
             "--ffn",
             "--ffn-param-tokens",
             "--force",
@@ -218,6 +219,7 @@ def test_command_line_is_pinned():
             "--preset",
             "--qkv-param-tokens",
             "--seed",
+            "--tokens",
             "-o",
             "CHECKPOINT",
         ],

@@ -198,16 +198,18 @@ def test_growths_of_ordinary_models_that_are_refused(case):
 
 def test_a_model_type_without_a_row():
     model = AutoModelForCausalLM.from_config(GPTJConfig(n_embd=32, n_layer=1, n_head=2, rotary_dim=4, vocab_size=9))
-    for operation in (grow, drop, consolidate, freeze, group_neurons):
+    for operation in (grow, drop, consolidate, group_neurons):
         with pytest.raises(
             GrowthError,
             match=r"a 'gptj' model .* not in the table; these are: tokenformer, .*, llama, .*row",
         ):
             operation(model, **({"ffn_param_tokens": "+1"} if operation is grow else {}), **names_for(operation))
+    with pytest.raises(GrowthError, match=r"there is no part 'embedding'; this model has base$"):
+        freeze(model, ["embedding"])
 
 
 def names_for(operation):
-    return {"names": ["base"]} if operation in (drop, freeze) else {}
+    return {"names": ["base"]} if operation is drop else {}
 
 
 ODD = {"LoRA": (adapted, "peft.tuners.lora.layer.Linear"), "int8": (quantised, "torchao.quantization.*Int8Tensor")}

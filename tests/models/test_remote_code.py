@@ -23,6 +23,7 @@ FILES = [
     "modeling_tokenformer.py",
     "names.py",
     "pattention.py",
+    "token_group.py",
 ]
 VISION_FILES = [*FILES, "configuration_tokenformer_vision.py", "modeling_tokenformer_vision.py"]
 CODE = {name: (Path(tokenformer.__file__).parent / "models" / name).read_text() for name in VISION_FILES}

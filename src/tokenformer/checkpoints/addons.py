@@ -12,18 +12,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ..errors import CheckpointError, GrowthError
 from ..growth.architectures import Groups, architecture_of, check_known, group_names, places, token_groups
+from ..growth.beside import has_row, names_beside, own_state
 from ..growth.groups import is_normalised, merge_operation
 from ..growth.layout import TokenMap
 from ..growth.neurons import group_neurons
 from ..growth.operations import Operation, apply
 from ..growth.state import State, check_finite, content_digest, read_map, read_own, tensors_digest
+from .beside import attach_beside, split_beside
 from .files import check_file, replacing_file
 from .rewrite import StoredTensors
+from .verify import is_addon_folder
 
 _KEY = "tokenformer_addon"
 _GATES = ".gates."  # in names of what has a type of its own
@@ -52,13 +55,13 @@ class Addon:
     tensors: str
 
 
-def split(model: PreTrainedModel, name: str, output: str | Path, *, force: bool = False) -> Path:
-    """Write one token group of a model in memory to an add-on file, which holds nothing of the parent.
+def split(model: nn.Module, name: str, output: str | Path, *, force: bool = False) -> Path:
+    """Write one token group of a model in memory to an add-on, which holds nothing of the parent.
 
     Args:
-        model: TokenFormer or ordinary transformer; not changed.
+        model: TokenFormer or ordinary transformer, or any model with the group beside its linear maps; not changed.
         name: of the token group.
-        output: the file, named *.safetensors.
+        output: the file, named *.safetensors; of a group beside linear maps the folder.
         force: replace it.
 
     Raises:
@@ -66,8 +69,11 @@ def split(model: PreTrainedModel, name: str, output: str | Path, *, force: bool 
         CheckpointError: the file exists and not `force`, lies in a checkpoint's folder or cannot be written; or weights
             are not finite.
     """
-    group_neurons(model)
-    return split_state(model.config, model.state_dict(), name, output, force=force)
+    if name in names_beside(model) or not has_row(model):
+        return split_beside(model, name, output, force=force)
+    listed: Any = model
+    group_neurons(listed)
+    return split_state(listed.config, own_state(listed), name, output, force=force)
 
 
 def split_state(config: PreTrainedConfig, state: State, name: str, output: str | Path, *, force: bool = False) -> Path:
@@ -104,20 +110,25 @@ def split_state(config: PreTrainedConfig, state: State, name: str, output: str |
     return file
 
 
-def attach(model: PreTrainedModel, file: str | Path, *, name: str | None = None) -> None:
+def attach(model: nn.Module, file: str | Path, *, name: str | None = None) -> None:
     """Put the token group of an add-on onto a model in memory, in place; it takes the model's type.
 
     Args:
         model: with the weights of the add-on's parent, in any type that holds them; it may have further token groups.
-        file: that `split` wrote.
+            Beside linear maps, these may be quantised: what is not is compared.
+        file: that `split` wrote, or the folder.
         name: of the group there; default as it was.
 
     Raises:
         GrowthError: the add-on belongs to another parent, or the name is taken. The model is then untouched.
         CheckpointError: the file is missing, damaged or no add-on.
     """
-    group_neurons(model)
-    apply(model, attach_operation(model.config, model.state_dict(), file, name=name))
+    if is_addon_folder(file) or not has_row(model):
+        attach_beside(model, file, name=name)
+        return
+    listed: Any = model
+    group_neurons(listed)
+    apply(listed, attach_operation(listed.config, own_state(listed), file, name=name))
 
 
 def attach_operation(config: PreTrainedConfig, state: State, file: str | Path, *, name: str | None = None) -> Operation:

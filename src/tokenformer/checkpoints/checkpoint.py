@@ -30,12 +30,14 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..data.tokenizer import vocabulary_size
-from ..errors import CheckpointError, TokenizerError
+from ..errors import CheckpointError, GrowthError, TokenizerError
 from ..growth.architectures import ARCHITECTURES, architecture_of, auto_class, frozen_names
+from ..growth.beside import names_beside
 from ..growth.freeze import freeze
 from ..growth.neurons import group_neurons
 from ..growth.select import shrink
 from ..quiet import without_bars
+from .beside import attach_beside, load_parent
 from .card import model_card
 from .files import add_file, replacing_folder, sync
 from .lineage import Lineage
@@ -45,6 +47,7 @@ from .verify import (
     INDEX_FILE,
     LINEAGE_FILE,
     config_fields,
+    is_addon_folder,
     is_old_buffer,
     other_digests,
     stored_dtype,
@@ -85,8 +88,15 @@ def save_checkpoint(
         on_progress: called with bytes written so far and in all, where `weights` is given.
 
     Raises:
-        CheckpointError: `path` exists and not `force`, or it cannot be written (full disk, no permission).
+        CheckpointError: `path` exists and not `force`, or it cannot be written (full disk, no permission); or the model
+            has token groups beside linear maps, which no class of transformers would load.
     """
+    beside = names_beside(model)
+    if beside:
+        raise CheckpointError(
+            f"token group {', '.join(beside)} lies beside linear maps, so that a checkpoint would need a class of its "
+            f"own to be loaded; write an add-on instead: tokenformer.split(model, {beside[0]!r}, FOLDER)"
+        )
     with replacing_folder(Path(path), force=force) as folder:
         if weights is None:
             model.save_pretrained(folder)
@@ -177,6 +187,8 @@ def load_checkpoint(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, Lineage]:
     """Verify and read the checkpoint at `path`: model in eval mode (dtype as stored by default), tokenizer, lineage.
 
+    Of an add-on folder the parent is loaded, any model of transformers, and the token group put beside its maps.
+
     An ordinary transformer's neurons are kept by token group; what `freeze` froze in the checkpoint is frozen. `keep`
     below 1 takes the first share of each token group: a smaller size of a checkpoint that `sort` has sorted.
 
@@ -185,6 +197,8 @@ def load_checkpoint(
         CheckpointError: missing, damaged, truncated, of an unknown kind, or tensors that do not fit its configuration.
         TokenizerError: the tokenizer has entries the model has no embedding for.
     """
+    if is_addon_folder(path):
+        return _load_addon(path, dtype=dtype, keep=keep)
     config = read_config(path)
     lineage = verify_checkpoint(path)
     try:
@@ -202,6 +216,16 @@ def load_checkpoint(
         shrink(model, keep)
     freeze(model, frozen_names(model.config))
     return model.eval(), load_tokenizer(path, config), lineage
+
+
+def _load_addon(
+    path: str | Path, *, dtype: torch.dtype | None, keep: float
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, Lineage]:
+    if keep != 1:
+        raise GrowthError(f"keep is {keep}, but the tokens of add-on {path} lie beside linear maps and are in no order")
+    model, tokenizer = load_parent(path, dtype=dtype)
+    attach_beside(model, path)
+    return model, tokenizer, Lineage()
 
 
 def load_tokenizer(path: str | Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:

@@ -137,7 +137,7 @@ def check_target(path: Path, *, force: bool) -> None:
     with disk_errors(path):
         if path.exists() and not force:
             raise CheckpointError(f"{path} exists already; choose another name, or --force to replace it")
-        ours = ("config.json", "recipe.yaml")
+        ours = ("config.json", "addon_config.json", "recipe.yaml")
         if path.is_file() or (path.is_dir() and any(path.iterdir()) and not any((path / f).exists() for f in ours)):
             raise CheckpointError(
                 f"{path} exists and is neither a checkpoint nor a run: it is not ours to replace; choose another name"

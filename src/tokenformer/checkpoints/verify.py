@@ -16,6 +16,7 @@ from .files import files_digest, find_checkpoint
 from .lineage import Lineage
 
 CONFIG_FILE = "config.json"
+ADDON_CONFIG = "addon_config.json"
 LINEAGE_FILE = "lineage.json"
 CARD_FILE = "README.md"
 OPTIMIZER_FILE = "optimizer.pt"
@@ -43,6 +44,11 @@ class Header:
     file: Path
     shape: list[int]
     dtype: str
+
+
+def is_addon_folder(path: str | Path) -> bool:
+    """Whether a folder holds a token group that goes beside linear maps of its parent, and no model."""
+    return (Path(path) / ADDON_CONFIG).is_file()
 
 
 def config_fields(path: str | Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import typer
 
 from ..quiet import quiet_libraries
 from ..units import counted
-from .arguments import Checkpoint, Force, Json, Keep, Output, check_checkpoint, check_recipe
+from .arguments import Checkpoint, Force, Json, Keep, Model, Output, check_checkpoint, check_recipe
 from .compare import comparisons
 from .console import make_console
 from .groups import groups, note_order, rewriting
@@ -91,7 +91,7 @@ def train(
 
 @app.command()
 def generate(
-    checkpoint: Checkpoint,
+    checkpoint: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue; empty starts a document.")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Text tokens to write.", min=1)] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest; higher is wilder.", min=0)] = 0.8,
@@ -135,7 +135,7 @@ def generate(
 
 @app.command()
 def evaluate(
-    checkpoint: Checkpoint,
+    checkpoint: Model,
     text: Annotated[
         list[str] | None, typer.Option(help="File, folder, glob or dataset to read; may be repeated.", metavar="SOURCE")
     ] = None,

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from ..checkpoints.files import find_checkpoint
-from ..errors import RecipeError
+from ..checkpoints.verify import is_addon_folder
+from ..errors import CheckpointError, RecipeError
 
 
 def _nearest(path: Path) -> str:
@@ -44,10 +45,23 @@ def _results(paths: list[Path]) -> list[Path]:
 
 def check_checkpoint(path: Path) -> Path:
     """Return a checkpoint's folder; CheckpointError if it is none."""
+    if is_addon_folder(path):
+        raise CheckpointError(
+            f"{path} is an add-on, tokens beside the linear maps of its parent: generate, evaluate, inspect take it; "
+            "all else is done to whole checkpoints"
+        )
     find_checkpoint(path, hint=_within(path) if path.is_dir() else _nearest(path))
     return path
 
 
+def check_model(path: Path) -> Path:
+    """Return the folder of a checkpoint or of an add-on; CheckpointError if it is neither."""
+    return path if is_addon_folder(path) else check_checkpoint(path)
+
+
+Model = Annotated[
+    Path, typer.Argument(help="Folder of a checkpoint or add-on.", metavar="CHECKPOINT", callback=check_model)
+]
 Checkpoint = Annotated[
     Path, typer.Argument(help="Folder of a checkpoint.", metavar="CHECKPOINT", callback=check_checkpoint)
 ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .arguments import Checkpoint, Force, Output, Parts, Text, check_checkpoint
+from .beside import grow_beside
 from .console import make_console
 
 if TYPE_CHECKING:
@@ -22,6 +23,15 @@ groups = typer.Typer()
 def grow(
     checkpoint: Checkpoint,
     output: Output,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Beside which linear maps of any model: "q_proj|v_proj", "all-linear", or REGEX=TOKENS, repeated. '
+            "Writes an add-on.",
+            metavar="REGEX",
+        ),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Parameter tokens beside each of them.", min=1)] = None,
     preset: Annotated[str | None, typer.Option(help="Grow to the sizes of this preset, such as 354m.")] = None,
     qkv_param_tokens: Annotated[
         str | None, typer.Option(help='Query, key, value: a total, or what to add: "+256", "+50%".', metavar="AMOUNT")
@@ -46,6 +56,11 @@ def grow(
 ) -> None:
     """Make a model bigger without changing its outputs. It may be a TokenFormer or an ordinary transformer."""
     from ..growth.grow import grow_operation
+
+    if at or tokens is not None:
+        sizes = (preset, qkv_param_tokens, output_param_tokens, ffn_param_tokens, num_hidden_layers, norm)
+        grow_beside(checkpoint, output, at or [], tokens, name=name, seed=seed, force=force, alone=not any(sizes))
+        return
 
     def operation(source: Any) -> Any:
         return grow_operation(
@@ -174,7 +189,14 @@ def attach(
 ) -> None:
     """Put an add-on onto its parent; another parent is refused."""
     from ..checkpoints.addons import attach_operation
+    from ..checkpoints.verify import is_addon_folder
+    from ..errors import GrowthError
 
+    if is_addon_folder(addon):
+        raise GrowthError(
+            f"{addon} goes beside linear maps, which no ordinary checkpoint can hold: `tokenformer generate {addon}` "
+            "and evaluate load its parent and put it there; in Python tokenformer.attach(model, ADDON) stacks several"
+        )
     operation = lambda source: attach_operation(source.config, source.tensors, addon, name=name)  # noqa: E731
     _rewrite(checkpoint, output, operation, force=force)
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..units import amount, counted
-from .arguments import Checkpoint, Json
+from .arguments import Json, Model
+from .beside import print_addon
 from .console import make_console
 from .groups import judged
 
@@ -19,7 +20,7 @@ inspection = typer.Typer()
 
 @inspection.command()
 def inspect(
-    checkpoint: Checkpoint,
+    checkpoint: Model,
     text: Annotated[
         str | None, typer.Option(help="Show how much this text uses each token group.", metavar="SOURCE")
     ] = None,
@@ -31,10 +32,15 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds and where it came from. With --text or --prompt, also what that uses of it."""
     from ..checkpoints.facts import checkpoint_facts
-    from ..checkpoints.verify import read_lineage
+    from ..checkpoints.verify import is_addon_folder, read_lineage
     from ..errors import EvaluationError
     from .tables import group_table, lineage_table
 
+    if is_addon_folder(checkpoint):
+        if text is not None or prompt is not None or picture is not None:
+            raise EvaluationError(f"{checkpoint} is an add-on; --text, --prompt and --picture look into checkpoints")
+        print_addon(make_console(), checkpoint, as_json=as_json)
+        return
     if picture is not None and prompt is None:
         raise EvaluationError("--picture shows what a prompt's next word came from; give --prompt as well")
     if as_json and (text is not None or prompt is not None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from ..units import amount, scientific, short
 
 if TYPE_CHECKING:
     from ..advise import Advice
+    from ..checkpoints.beside import Site
     from ..checkpoints.lineage import Lineage
     from ..plan import Plan
 
@@ -45,6 +46,16 @@ def tabulate(words: Sequence[str], numbers: Sequence[str], rows: Iterable[Row | 
         else:
             table.add_row(*map(escape, row))
     return table
+
+
+def site_table(sites: Mapping[str, Site]) -> Table:
+    """Tabulate the linear maps that have tokens beside them, those of one kind in one row."""
+    kinds: dict[tuple[str, ...], int] = {}
+    for name, site in sites.items():
+        kind = (name.rpartition(".")[2], "yes" if site.routed else "no", f"{site.tokens:,}", f"{site.tau:.4g}")
+        kinds[kind] = kinds.get(kind, 0) + 1
+    rows = [(name, routed, f"{count:,}", *numbers) for (name, routed, *numbers), count in kinds.items()]
+    return tabulate(("linear map", "routed"), ("maps", "parameter tokens", "τ"), rows)
 
 
 def stage_table(rows: Iterable[Row]) -> Table:

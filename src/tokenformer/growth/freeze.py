@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from ..errors import GrowthError
+from ..models.names import BASE_GROUP
 from .architectures import architecture_of, frozen_names, group_names, token_groups, with_groups
+from .beside import has_row, names_beside, parameters_beside
 from .neurons import group_neurons
 from .operations import Operation, unchanged
 
@@ -16,32 +19,43 @@ from .operations import Operation, unchanged
 EMBEDDING, FINAL_NORM, LINEAR_MAPS = "embedding", "final_norm", "linear_maps"
 
 
-def freeze(model: PreTrainedModel, names: Iterable[str]) -> None:
+def freeze(model: nn.Module, names: Iterable[str] = (), *, all_but: Iterable[str] | None = None) -> None:
     """Stop these parts of `model` from training: no gradient, no optimizer memory, and they do not move by one bit.
 
     The model's configuration says so from then on, so that a saved checkpoint keeps it.
 
     Args:
-        model: TokenFormer, or an ordinary transformer of an architecture in the table.
+        model: TokenFormer, an ordinary transformer of an architecture in the table, or any model with token groups
+            beside its linear maps.
         names: token groups (with the blocks that came with them), "embedding" (with the output head), "final_norm", or
-            "linear_maps": all else in the blocks.
+            "linear_maps": all else in the blocks. Of a model that is not in the table: "base", all that is no token
+            group.
+        all_but: freeze every part but these, and let these train.
 
     Raises:
-        GrowthError: a name that the model does not have. Nothing is then frozen.
+        GrowthError: a name that the model does not have, or both names and `all_but`. Nothing is then frozen.
     """
     names = list(names)
+    if all_but is not None:
+        if names:
+            raise GrowthError(f"names are {', '.join(names)} and all_but is given as well; give one of them")
+        kept = list(all_but)
+        unfreeze(model, kept)
+        names = [name for name in trainable_parts(model) if name not in kept]
     _set(model, names, trains=False)
-    _mark(model.config, more=names)
+    if has_row(model):
+        _mark(model.config, more=_told(model, names))
 
 
-def unfreeze(model: PreTrainedModel, names: Iterable[str] | None = None) -> None:
+def unfreeze(model: nn.Module, names: Iterable[str] | None = None) -> None:
     """Let these parts train again, by default all; names and errors as for `freeze`."""
     names = list(trainable_parts(model) if names is None else names)
     _set(model, names, trains=True)
-    _mark(model.config, less=names)
+    if has_row(model):
+        _mark(model.config, less=_told(model, names))
 
 
-def freeze_only(model: PreTrainedModel, names: Iterable[str]) -> None:
+def freeze_only(model: nn.Module, names: Iterable[str]) -> None:
     """Freeze these parts and no others while the model is in memory; its configuration does not say so.
 
     Raises:
@@ -54,8 +68,16 @@ def freeze_only(model: PreTrainedModel, names: Iterable[str]) -> None:
         raise GrowthError(f"freezing {', '.join(names)} leaves nothing to train")
 
 
-def trainable_parts(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
+def trainable_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Return the parameters of each part that can be frozen; gates are in none, since they never train by gradient."""
+    beside = parameters_beside(model)
+    own = _own_parts(model) if has_row(model) else {BASE_GROUP: list(model.parameters())}
+    new = {id(p) for parameters in beside.values() for p in parameters}
+    return {**{name: [p for p in parameters if id(p) not in new] for name, parameters in own.items()}, **beside}
+
+
+def _own_parts(model: Any) -> dict[str, list[nn.Parameter]]:
+    """Return the parts of a model in the table of architectures; what is beside its maps lies anywhere."""
     group_neurons(model)
     row = architecture_of(model.config)
     inside: dict[str, list[nn.Parameter]] = {name: [] for name in _known(model.config)}
@@ -64,7 +86,7 @@ def trainable_parts(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
     for number, block in enumerate(blocks):
         for name, parameter in block.named_parameters():
             group = name.partition("groups.")[2].partition(".")[0]
-            inside[owner.get(number) or group or LINEAR_MAPS].append(parameter)
+            inside[owner.get(number) or (group if group in inside else LINEAR_MAPS)].append(parameter)
     inside[FINAL_NORM] = [] if norm is None else list(norm.parameters())
     elsewhere = {id(p) for p in [*blocks.parameters(), *inside[FINAL_NORM]]}
     inside[EMBEDDING] = [p for p in model.parameters() if id(p) not in elsewhere]
@@ -81,7 +103,12 @@ def unfreeze_operation(config: PreTrainedConfig, names: Iterable[str]) -> Operat
     return _marking(config, "unfreeze", less=list(names))
 
 
-def _set(model: PreTrainedModel, names: Iterable[str], *, trains: bool) -> None:
+def _told(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return what of `names` the configuration knows; what is beside linear maps is not its own."""
+    return [name for name in names if name not in names_beside(model)]
+
+
+def _set(model: nn.Module, names: Iterable[str], *, trains: bool) -> None:
     known, names = trainable_parts(model), list(names)
     _check(names, known)
     for name in names:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import GrowthError
@@ -26,6 +27,7 @@ from .architectures import (
     token_groups,
     with_groups,
 )
+from .beside import all_group_names, drop_beside, merge_beside, names_beside
 from .layout import TokenMap
 from .neurons import group_neurons
 from .operations import Operation, apply, check_plain, unchanged
@@ -34,7 +36,7 @@ from .state import read_map, shared_differences
 ReadMap = Callable[[int, TokenMap], Groups]
 
 
-def drop(model: PreTrainedModel, names: Iterable[str]) -> None:
+def drop(model: nn.Module, names: Iterable[str]) -> None:
     """Remove token groups, and the blocks that came with them.
 
     Where everything older was frozen while they trained, what is left is the earlier model to the last bit.
@@ -42,7 +44,15 @@ def drop(model: PreTrainedModel, names: Iterable[str]) -> None:
     Raises:
         GrowthError: an unknown group, or nothing would be left of a projection. The model is then untouched.
     """
-    apply(model, drop_operation(model.config, names))
+    names, beside, there = list(names), names_beside(model), all_group_names(model)
+    unknown = [name for name in names if name not in there]
+    if unknown and (beside or not isinstance(model, PreTrainedModel)):
+        raise GrowthError(f"there is no token group {', '.join(map(repr, unknown))}; there are {', '.join(there)}")
+    own = [name for name in names if name not in beside]
+    if own:
+        kept: Any = model
+        apply(kept, drop_operation(kept.config, own))
+    drop_beside(model, names)
 
 
 def drop_operation(config: PreTrainedConfig, names: Iterable[str]) -> Operation:
@@ -144,7 +154,7 @@ def consolidate_operation(
 
 
 def merge(
-    model: PreTrainedModel, other: PreTrainedModel, *, rename: Mapping[str, str] | None = None, norm: str | None = None
+    model: nn.Module, other: nn.Module, *, rename: Mapping[str, str] | None = None, norm: str | None = None
 ) -> None:
     """Give `model` the token groups that `other`, another child of the same parent, has beside it.
 
@@ -159,6 +169,16 @@ def merge(
         GrowthError: they are not children of one parent with its weights frozen: other sizes, other weights outside the
             groups that differ, clashing names, blocks of their own. The model is then untouched.
     """
+    if names_beside(other) or names_beside(model):
+        if norm is not None:
+            raise GrowthError(f"norm {norm!r} was asked; every group beside a linear map has a norm of its own")
+        merge_beside(model, other, rename=rename or {})
+        return
+    _merge_own(model, other, rename=rename, norm=norm)
+
+
+def _merge_own(model: Any, other: Any, *, rename: Mapping[str, str] | None, norm: str | None) -> None:
+    """Unite the token groups that configurations know."""
     group_neurons(model)
     group_neurons(other)
     state, other_state = model.state_dict(), other.state_dict()

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import GrowthError
 from ..models.names import PROJECTIONS
 from ..models.token_group import default_tau, draw_tokens, zero_of_new_group
 from .architectures import GroupEntry, Groups, architecture_of, check_new, group_names, token_groups, with_groups
+from .beside import all_group_names, check_new_beside, fresh_name, grow_beside, names_beside
 from .layout import TokenMap
 from .neurons import refuse_unless_plain
 from .operations import Operation, apply, unchanged
@@ -23,8 +25,10 @@ Amount = int | str
 
 
 def grow(
-    model: PreTrainedModel,
+    model: nn.Module,
     *,
+    at: str | Mapping[str, int | None] | None = None,
+    tokens: int | None = None,
     preset: str | None = None,
     qkv_param_tokens: Amount | None = None,
     output_param_tokens: Amount | None = None,
@@ -42,8 +46,17 @@ def grow(
     belong to the new group. Trained parameters stay the same objects; τ does not move. An ordinary transformer's
     neurons are first told apart by `group_neurons`, which for GPT-2 and Phi-3 is exact to rounding.
 
+    With `at`, any PyTorch model gets parameter tokens beside its linear maps: y = L(x) + tokens(x). Their keys are
+    random, their values zero, and they have a norm of their own. The maps stay the objects that they are, whatever they
+    are: plain, quantised, wrapped by LoRA.
+
     Args:
-        model: TokenFormer, or an ordinary transformer of an architecture in `growth.architectures`.
+        model: TokenFormer, or an ordinary transformer of an architecture in `growth.architectures`; with `at` any
+            `nn.Module`.
+        at: which linear maps get tokens beside them: a regular expression that matches their whole name, or the end of
+            it after a dot, as in "q_proj|v_proj"; "all-linear": all but the output head; or several of these with the
+            number of tokens that each map gets.
+        tokens: that each of these maps gets.
         preset: take the three counts and the depth from this preset, which must have the model's width and heads.
         qkv_param_tokens, output_param_tokens, ffn_param_tokens: parameter tokens to reach in each projection, all
             groups together: a total, or what to add as "+256" or "+50%". Default: as they are. An ordinary
@@ -55,25 +68,39 @@ def grow(
         seed: of the new random values; the same on disk and in memory. Default: drawn from torch's.
 
     Raises:
-        GrowthError: a total below the current one, nothing to grow, an unknown preset or one of another width, a name
-            already taken or impossible, a jointly normalised `softmax` where tokens exist, an architecture without a
-            row in the table, or maps that are quantised or adapted where they would have to change. The model is then
-            untouched.
+        GrowthError: `at` matches no linear map (the nearest names are shown) or something that is none, or a map that
+            is tied, compiled, sharded or on the meta device; a total below the current one, nothing to grow, an unknown
+            preset or one of another width, a name already taken or impossible, a jointly normalised `softmax` where
+            tokens exist, an architecture without a row in the table, or maps that are quantised or adapted where they
+            would have to change. The model is then untouched.
     """
+    drawn = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
+    sizes: dict[str, Any] = {
+        "preset": preset,
+        "qkv_param_tokens": qkv_param_tokens,
+        "output_param_tokens": output_param_tokens,
+        "ffn_param_tokens": ffn_param_tokens,
+        "num_hidden_layers": num_hidden_layers,
+        "norm": norm,
+    }
+    if at is not None:
+        more = [field for field, amount in sizes.items() if amount is not None]
+        if more:
+            raise GrowthError(f"at puts tokens beside linear maps; grow {', '.join(more)} in a call of its own")
+        grow_beside(model, at, tokens, name=name, seed=drawn)
+        return
+    if tokens is not None:
+        raise GrowthError(f'tokens={tokens} goes with at, which says beside which linear maps: at="q_proj|v_proj"')
+    if not isinstance(model, PreTrainedModel):
+        raise GrowthError(
+            f"a {type(model).__name__} is no model of transformers, so that where it keeps neurons is not known; put "
+            'tokens beside its linear maps instead: grow(model, at="all-linear", tokens=64)'
+        )
+    if names_beside(model):
+        name = fresh_name(all_group_names(model)) if name is None else name
+        check_new_beside(model, name)
     like = next(model.parameters())
-    operation = grow_operation(
-        model.config,
-        preset=preset,
-        qkv_param_tokens=qkv_param_tokens,
-        output_param_tokens=output_param_tokens,
-        ffn_param_tokens=ffn_param_tokens,
-        num_hidden_layers=num_hidden_layers,
-        name=name,
-        norm=norm,
-        seed=int(torch.randint(2**62, (), device="cpu")) if seed is None else seed,
-        dtype=like.dtype,
-        device=like.device,
-    )
+    operation = grow_operation(model.config, **sizes, name=name, seed=drawn, dtype=like.dtype, device=like.device)
     if operation.silent:
         _check_last_maps(model)
     apply(model, operation)
@@ -274,9 +301,8 @@ def _preset_totals(config: PreTrainedConfig, preset: str) -> dict[str, Amount | 
 
 
 def _group_name(config: PreTrainedConfig, name: str | None) -> str:
-    taken = group_names(config)
     if name is None:
-        return next(f"grown{i}" for i in range(1, len(taken) + 2) if f"grown{i}" not in taken)
+        return fresh_name(group_names(config))
     check_new(config, name)
     return name
 

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import GrowthError
 from ..models.fused import why_not_plain
 from .architectures import architecture_of, places, token_groups
+from .sites import move_tokens
 
 
 class GroupedLinear(nn.Module):
@@ -44,6 +45,22 @@ class GroupedLinear(nn.Module):
         self.register_state_dict_post_hook(_join)
         self.register_load_state_dict_pre_hook(_split)
 
+    @property
+    def in_features(self) -> int:
+        """D, or the neurons of all groups together."""
+        sizes = [group.in_features for group in self._maps]
+        return sizes[0] if self.axis == 0 else sum(sizes)
+
+    @property
+    def out_features(self) -> int:
+        """Neurons of all groups together, or E."""
+        sizes = [group.out_features for group in self._maps]
+        return sum(sizes) if self.axis == 0 else sizes[0]
+
+    @property
+    def _maps(self) -> list[Any]:
+        return list(self.groups.values())
+
     def set_group(self, name: str, weight: Tensor, bias: Tensor | None = None) -> None:
         """Append or replace a group: weight `[n, D]` and bias `[n]` of keys, weight `[E, n]` of values."""
         with torch.device("meta"):
@@ -55,7 +72,7 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[*, D]` to `[*, n]` (keys), or `[*, n]` to `[*, E]` (values)."""
-        maps: list[Any] = list(self.groups.values())
+        maps = self._maps
         if self.axis == 0:
             return torch.cat([m(x) for m in maps], dim=-1) if len(maps) > 1 else maps[0](x)
         # Contiguous, and the bias as nn.Linear adds it: else the same numbers take other paths and round otherwise.
@@ -90,9 +107,23 @@ class UnfusedLinear(nn.Module):
         self.register_state_dict_post_hook(_fuse)
         self.register_load_state_dict_pre_hook(_unfuse)
 
+    @property
+    def in_features(self) -> int:
+        """D."""
+        return self._maps[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        """Neurons of all maps together."""
+        return sum(grouped.out_features for grouped in self._maps)
+
+    @property
+    def _maps(self) -> list[GroupedLinear]:
+        return [getattr(self, name) for name in self.names]
+
     def forward(self, x: Tensor) -> Tensor:
         """Map `[*, D]` to `[*, maps · n]`."""
-        return torch.cat([self.get_submodule(name)(x) for name in self.names], dim=-1)
+        return torch.cat([grouped(x) for grouped in self._maps], dim=-1)
 
 
 def group_neurons(model: PreTrainedModel) -> None:
@@ -125,6 +156,7 @@ def group_neurons(model: PreTrainedModel) -> None:
             else:
                 found.append((blocks[block], name, GroupedLinear(linear, counts, values=inside[0].axis == 1)))
     for parent, name, grouped in found:
+        move_tokens(parent.get_submodule(name), grouped)
         parent.set_submodule(name, grouped)
         if isinstance(grouped, UnfusedLinear):
             for activation in (m.activation for m in row.maps if m.activation):

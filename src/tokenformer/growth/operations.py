@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..errors import GrowthError
 from ..models.pattention import Pattention
 from ..models.token_group import TokenGroup
-from .architectures import Groups, architecture_of, frozen_names, places
+from .architectures import Groups, architecture_of, frozen_names, places, token_groups
 from .layout import TokenMap
 from .neurons import as_parameter, group_neurons, refuse_unless_plain
+from .sites import sites
 
 Change = Callable[[int, TokenMap, Groups], Groups]
 
@@ -58,9 +60,14 @@ class Operation:
 
 @torch.no_grad()
 def apply(model: PreTrainedModel, operation: Operation) -> None:
-    """Carry out `operation` on `model` in place; parameters that it leaves alone stay the same objects."""
+    """Carry out `operation` on `model` in place; parameters that it leaves alone stay the same objects.
+
+    Raises:
+        GrowthError: it changes the number of neurons of a map that has tokens beside it. The model is then untouched.
+    """
     row = architecture_of(model.config)
     group_neurons(model)
+    _check_sites(model, operation)
     old = list(row.blocks_of(model))
     if list(operation.blocks) != list(range(len(old))):
         blocks: list[Any] = [
@@ -81,6 +88,25 @@ def apply(model: PreTrainedModel, operation: Operation) -> None:
         changed = operation.change(block, token_map, groups)
         if changed is not groups:
             _write_groups(module, token_map, changed, model.config)
+
+
+def _check_sites(model: PreTrainedModel, operation: Operation) -> None:
+    """Tokens beside a map fit its size, so neurons cannot come or go there."""
+    row, before, after = architecture_of(model.config), token_groups(model.config), token_groups(operation.config)
+    sizes = [
+        tuple(sum(group.count(m.projection, block) for group in groups) for m in row.maps)
+        for groups, blocks in ((before, operation.blocks), (after, range(len(operation.blocks))))
+        for block in blocks
+    ]
+    if sizes[: len(sizes) // 2] == sizes[len(sizes) // 2 :]:
+        return
+    inside = {part.stored.rpartition(".")[0] for token_map in row.maps for part in token_map.parts}
+    held = [site for site in sites(model) if any(site.endswith(f".{name}") for name in inside)]
+    if held:
+        raise GrowthError(
+            f"{operation.name} changes how many neurons there are, but {held[0]} has tokens beside it, which fit its "
+            "size; drop or split these first, or put tokens beside other maps"
+        )
 
 
 def read_groups(block: nn.Module, token_map: TokenMap) -> Groups:

@@ -6,10 +6,10 @@ token or not. With every gate closed the model is the one without the group, to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,17 @@ from ..batches import batches
 from ..errors import GrowthError
 from ..models.pattention import Pattention
 from .architectures import GroupEntry, Groups, architecture_of, check_known, places, token_groups, with_groups
+from .beside import names_beside, set_gate
 from .layout import TokenMap
 from .operations import Operation, apply, unchanged
+from .sites import sites
 
 # Rows a gate is fitted on, of each kind of text: logistic regression in a few hundred dimensions needs no more.
 _ROWS = 16384
 _PENALTY = 1e-4
+
+
+Place = TypeVar("Place", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,22 @@ def route(model: PreTrainedModel, name: str, own: Any, other: Any, *, batch_size
     will where the gates are right. A group that has gates already has them fitted anew.
 
     Args:
-        model: a TokenFormer.
+        model: a TokenFormer, or any language model of transformers if the group is beside its linear maps.
         name: of the token group.
         own, other: text blocks, as `text_blocks` gives them.
         batch_size: text blocks per forward pass.
 
     Raises:
-        GrowthError: not a TokenFormer, no such group, one that came with blocks, or one without which some layer may
-            have nothing left. The model is then untouched.
+        GrowthError: no such group, neurons of an ordinary transformer, a group that came with blocks, or one without
+            which some layer may have nothing left. The model is then untouched.
     """
+    if name in names_beside(model):
+        layers = {site: layer for site, layer in sites(model).items() if name in layer.groups}
+        gates, routing = _fit(model, layers, name, own, other, batch_size)
+        for site, layer in layers.items():
+            layer.add_gate(name)
+            set_gate(layer, name, *gates[site])
+        return routing
     operation, routing = route_operation(model, name, own, other, batch_size=batch_size)
     apply(model, operation)
     return routing
@@ -69,17 +81,7 @@ def route_operation(
     blocks = architecture_of(model.config).blocks_of(model)
     maps: dict[tuple[int, str], Any] = {(i, m.name): blocks[i].get_submodule(m.name) for i, m in places(model.config)}
     layers = {place: layer for place, layer in maps.items() if name in layer.groups}
-    rows = []
-    for text, is_open in ((own, True), (other, False)):
-        with _forced(list(layers.values()), name, is_open=is_open):
-            rows.append(_inputs(model, list(layers.values()), text, batch_size))
-    gates: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-    shares = []
-    for (place, layer), positive, negative in zip(layers.items(), *rows, strict=True):
-        weight, bias = _logistic_regression(positive, negative)
-        shares.append([(x @ weight + bias > 0).float().mean().item() for x in (positive, negative)])
-        like = next(layer.parameters())
-        gates[place] = weight.to(like)[None], torch.tensor([bias]).to(like)
+    gates, routing = _fit(model, layers, name, own, other, batch_size)
 
     def change(block: int, token_map: TokenMap, old: Groups) -> Groups:
         if (block, token_map.name) not in gates:
@@ -90,14 +92,35 @@ def route_operation(
 
     config = with_groups(model.config, [replace(g, routed=True) if g.name == name else g for g in groups])
     operation = Operation("route", config, change, range(len(blocks)), moments=unchanged, arguments={"group": name})
-    return operation, Routing(*torch.tensor(shares).mean(0).tolist())
+    return operation, routing
+
+
+def _fit(
+    model: PreTrainedModel, layers: Mapping[Place, Pattention], name: str, own: Any, other: Any, batch_size: int
+) -> tuple[dict[Place, tuple[Tensor, Tensor]], Routing]:
+    """Return weight `[1, D]` and bias `[1]` of each layer's gate, and how well the gates tell the texts apart."""
+    rows = []
+    for text, is_open in ((own, True), (other, False)):
+        with _forced(list(layers.values()), name, is_open=is_open):
+            rows.append(_inputs(model, list(layers.values()), text, batch_size))
+    gates: dict[Place, tuple[Tensor, Tensor]] = {}
+    shares = []
+    for (place, layer), positive, negative in zip(layers.items(), *rows, strict=True):
+        weight, bias = _logistic_regression(positive, negative)
+        shares.append([(x @ weight + bias > 0).float().mean().item() for x in (positive, negative)])
+        like = next(layer.parameters())
+        gates[place] = weight.to(like)[None], torch.tensor([bias]).to(like)
+    return gates, Routing(*torch.tensor(shares).mean(0).tolist())
 
 
 def _check(config: PreTrainedConfig, name: str) -> list[GroupEntry]:
     """Return the token groups of a model in which group `name` can have gates."""
-    if config.model_type != "tokenformer":
-        raise GrowthError(f"only a TokenFormer's groups can have gates; this is a {config.model_type!r} model")
     check_known(config, [name])
+    if config.model_type != "tokenformer":
+        raise GrowthError(
+            f"token group {name!r} is neurons of a {config.model_type!r} model, which cannot have gates; tokens beside "
+            f'its linear maps can: grow(model, at="all-linear", tokens=…)'
+        )
     groups = token_groups(config)
     group = next(g for g in groups if g.name == name)
     if group.blocks:

@@ -1,0 +1,225 @@
+"""Add-on folders: a token group beside linear maps, kept without its parent, in the manner of peft's adapters.
+
+legal/addon_config.json         parent, sites, τ
+legal/addon_model.safetensors   keys, values, gates; in its metadata digests of the parent's tensors and its own
+legal/README.md                 the card
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pydantic
+import torch
+import transformers
+from huggingface_hub import ModelCardData
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import CheckpointError, GrowthError
+from ..growth.beside import SiteTokens, own_state, put_tokens, take_tokens
+from ..growth.state import check_finite, tensors_digest
+from ..units import counted
+from .files import replacing_folder
+from .verify import ADDON_CONFIG, CARD_FILE
+
+ADDON_WEIGHTS = "addon_model.safetensors"
+_PARENT, _OWN = "parent_sha256", "tensors_sha256"
+_CARD = """\
+---
+{metadata}
+---
+
+# Token group `{name}` for {parent}
+
+{tokens} beside {sites} of a {kind}, {parameters:,} parameters. Without them the model is its parent to the last bit.
+
+```python
+import tokenformer
+
+model, tokenizer, _ = tokenformer.load("{name}")  # this folder: its parent is loaded, and the group put beside it
+tokenformer.attach(model, "another")              # on a model that is there already
+```
+"""
+
+
+class Site(pydantic.BaseModel):
+    """The parameter tokens beside one linear map: how many, their constant τ, and whether they have a gate."""
+
+    tokens: int
+    tau: float
+    routed: bool = False
+
+
+class AddonConfig(pydantic.BaseModel):
+    """What addon_config.json says."""
+
+    name: str
+    """Of the token group."""
+    base_model_name_or_path: str | None
+    """Of the parent, as it was loaded."""
+    base_model_class: str
+    """Of the parent, such as LlamaForCausalLM."""
+    sites: dict[str, Site]
+    """By names of linear maps."""
+
+
+def split_beside(model: nn.Module, name: str, output: str | Path, *, force: bool = False) -> Path:
+    """Write a token group beside the linear maps of a model to an add-on folder; errors as `split`."""
+    found = {_plain_name(site): tokens for site, tokens in take_tokens(model, name).items()}
+    tensors = {f"{site}.{leaf}": t.contiguous() for site, of in found.items() for leaf, t in _leaves(of).items()}
+    check_finite(tensors, f"token group {name!r}")
+    config = AddonConfig(
+        name=name,
+        base_model_name_or_path=_parent_name(model),
+        base_model_class=type(model).__name__,
+        sites={s: Site(tokens=len(t.keys), tau=t.tau, routed=t.gate is not None) for s, t in found.items()},
+    )
+    facts = {_PARENT: json.dumps(_digests(model)), _OWN: tensors_digest(tensors)}
+    with replacing_folder(Path(output), force=force) as folder:
+        save_file(tensors, folder / ADDON_WEIGHTS, metadata={"format": "pt", **facts})
+        (folder / ADDON_CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (folder / CARD_FILE).write_text(_card(config, sum(t.numel() for t in tensors.values())), encoding="utf-8")
+    return Path(output)
+
+
+def attach_beside(model: nn.Module, path: str | Path, *, name: str | None = None) -> None:
+    """Put the token group of an add-on folder beside the linear maps of its parent; errors as `attach`."""
+    config, tensors, parent = read_addon(path)
+    _check_parent(model, parent, config, Path(path))
+    outer = {_plain_name(site): site for site, _ in model.named_modules()}
+    put_tokens(
+        model,
+        name or config.name,
+        {outer.get(site, site): _tokens(site, facts, tensors) for site, facts in config.sites.items()},
+    )
+
+
+def read_addon(path: str | Path) -> tuple[AddonConfig, dict[str, Tensor], dict[str, str]]:
+    """Return what an add-on folder says, its tensors, and the digest of each of its parent's tensors.
+
+    Raises:
+        CheckpointError: it is missing, incomplete or damaged.
+    """
+    folder = Path(path)
+    try:
+        config = AddonConfig.model_validate_json((folder / ADDON_CONFIG).read_bytes())
+        with safe_open(folder / ADDON_WEIGHTS, framework="pt") as file:
+            facts, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        parent, own = json.loads(facts[_PARENT]), facts[_OWN]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"add-on {path} cannot be read: {error}; copy it again") from error
+    wanted = {f"{site}.{leaf}" for site, found in config.sites.items() for leaf in _leaf_names(found)}
+    if tensors_digest(tensors) != own or wanted != tensors.keys():
+        raise CheckpointError(f"add-on {path} is damaged: its tensors are not those that were written; copy it again")
+    return config, tensors, parent
+
+
+def load_parent(
+    path: str | Path, *, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load the parent of an add-on as transformers does, in eval mode, and its tokenizer where it has one.
+
+    Raises:
+        CheckpointError: no parent is named, or it is not where it was.
+    """
+    config, _, _ = read_addon(path)
+    parent = config.base_model_name_or_path
+    if parent is None:
+        raise CheckpointError(
+            f"add-on {path} does not say where its parent, a {config.base_model_class}, can be loaded from; load that "
+            f"yourself, and then tokenformer.attach(model, {str(path)!r})"
+        )
+    try:
+        return load_any(parent, config.base_model_class, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the parent of add-on {path}, {parent}, cannot be loaded: {error}. If it is elsewhere now, load it "
+            f"yourself, and then tokenformer.attach(model, {str(path)!r})"
+        ) from error
+
+
+def load_any(
+    name: str | Path, kind: str | None = None, *, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a model of any class of transformers, in eval mode, and its tokenizer where it has one; errors as there.
+
+    Args:
+        name: folder, or name on the Hub.
+        kind: its class. Default: the one that its configuration names.
+        dtype: default as stored.
+    """
+    kind = kind or (AutoConfig.from_pretrained(name).architectures or [""])[0]
+    model = getattr(transformers, kind, AutoModelForCausalLM).from_pretrained(name, dtype=dtype or "auto")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):  # a model of something else than text
+        tokenizer = None
+    return model.eval(), tokenizer
+
+
+def _parent_name(model: nn.Module) -> str | None:
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
+
+
+def _plain_name(site: str) -> str:
+    """Return a map's name without what peft puts around and in front of it."""
+    return site.replace(".base_layer", "").removeprefix("base_model.model.")
+
+
+def _leaf_names(site: Site) -> list[str]:
+    return ["keys", "values", *(["gate.weight", "gate.bias"] if site.routed else [])]
+
+
+def _leaves(tokens: SiteTokens) -> dict[str, Tensor]:
+    gate = {} if tokens.gate is None else dict(zip(("gate.weight", "gate.bias"), tokens.gate, strict=True))
+    return {"keys": tokens.keys.detach(), "values": tokens.values.detach(), **gate}
+
+
+def _tokens(site: str, facts: Site, tensors: Mapping[str, Tensor]) -> SiteTokens:
+    keys, values, *gate = (tensors[f"{site}.{leaf}"] for leaf in _leaf_names(facts))
+    return SiteTokens(facts.tau, keys, values, (gate[0], gate[1]) if gate else None)
+
+
+def _digests(model: nn.Module) -> dict[str, str]:
+    """Return a short digest of each of a model's own tensors, but of those that are quantised."""
+    plain = {_plain_name(name): t for name, t in own_state(model).items() if type(t) in (Tensor, nn.Parameter)}
+    floating = {name: t for name, t in plain.items() if t.is_floating_point() and t.itemsize > 1}
+    return {name: tensors_digest({"": tensor.cpu()})[:16] for name, tensor in sorted(floating.items())}
+
+
+def _check_parent(model: nn.Module, parent: Mapping[str, str], config: AddonConfig, path: Path) -> None:
+    """Refuse another model: what both have unquantised must be the same. What one has quantised cannot be compared."""
+    found = _digests(model)
+    quantised = {_plain_name(name) for name in own_state(model)} - found.keys()
+    shared = found.keys() & parent.keys()
+    different = sorted(name for name in shared if found[name] != parent[name])
+    missing = sorted(parent.keys() - found.keys() - quantised)
+    if shared and not different and not missing:
+        return
+    where = f"{different[0]} differs" if different else f"{missing[0]} is missing" if missing else "nothing is alike"
+    counts = f"{counted(len(different), 'tensor')} differ and {len(missing)} are missing of {len(parent)}"
+    raise GrowthError(
+        f"{path} belongs to another parent, {config.base_model_name_or_path or config.base_model_class}: in this "
+        f"{type(model).__name__} {where} ({counts}). Load that parent in the type in which the group was trained"
+    )
+
+
+def _card(config: AddonConfig, parameters: int) -> str:
+    parent = config.base_model_name_or_path
+    listed = parent is not None and not Path(parent).is_absolute()
+    data = ModelCardData(library_name="tokenformer", base_model=parent if listed else None, tags=["tokenformer"])
+    return _CARD.format(
+        metadata=data.to_yaml(),
+        name=config.name,
+        parent=parent if listed else f"a {config.base_model_class}",
+        tokens=counted(sum(site.tokens for site in config.sites.values()), "parameter token"),
+        sites=counted(len(config.sites), "linear map"),
+        kind=config.base_model_class,
+        parameters=parameters,
+    )

@@ -1,0 +1,70 @@
+"""What the commands do with tokens beside linear maps, which are kept as add-ons."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from ..units import counted
+from .console import make_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def grow_beside(
+    checkpoint: Path,
+    output: Path,
+    at: list[str],
+    tokens: int | None,
+    *,
+    name: str | None,
+    seed: int,
+    force: bool,
+    alone: bool,
+) -> None:
+    """Write the add-on that `tokenformer grow --at` asks for; `alone`: no other growth was asked for."""
+    from ..checkpoints.beside import load_any, split_beside
+    from ..checkpoints.files import check_target
+    from ..errors import GrowthError
+    from ..growth.beside import names_beside
+    from ..growth.grow import grow
+
+    if not at or not alone:
+        raise GrowthError(
+            "--at and --tokens go together, and alone: they put parameter tokens beside linear maps, as in "
+            '--at "q_proj|v_proj" --tokens 64'
+        )
+    check_target(output, force=force)
+    model, _ = load_any(checkpoint)
+    grow(model, at=dict(_tokens_at(pattern, tokens) for pattern in at), name=name, seed=seed)
+    split_beside(model, names_beside(model)[-1], output, force=force)
+    print_addon(make_console(), output)
+    make_console().print(f"Written: {output}", markup=False, soft_wrap=True)
+
+
+def print_addon(console: "Console", path: Path, *, as_json: bool = False) -> None:
+    """Show what an add-on holds, and beside which maps of which parent it belongs."""
+    from ..checkpoints.beside import read_addon
+    from .tables import site_table
+
+    config, tensors, _ = read_addon(path)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    if as_json:
+        typer.echo(json.dumps({**config.model_dump(), "parameters": parameters}, ensure_ascii=False))
+        return
+    maps = counted(len(config.sites), "linear map")
+    console.print(
+        f"{path}: token group {config.name}, {parameters:,} parameters beside {maps}\n"
+        f"Parent: {config.base_model_name_or_path or 'not recorded'}, {config.base_model_class}",
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(site_table(config.sites))
+
+
+def _tokens_at(pattern: str, tokens: int | None) -> tuple[str, int | None]:
+    """Read REGEX or REGEX=TOKENS."""
+    before, equals, count = pattern.rpartition("=")
+    return (before, int(count)) if equals and count.isdigit() else (pattern, tokens)

@@ -1,0 +1,204 @@
+"""Operations on token groups beside the linear maps of any PyTorch model: what `grow(model, at=…)` and the others do.
+
+This is no tuner of peft, whose table of methods takes none from outside (docs/concepts.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GrowthError
+from ..models.pattention import Pattention
+from ..models.token_group import check_group, default_tau
+from ..units import counted
+from .architectures import ARCHITECTURES, group_names
+from .sites import CHILD, check_whole, clear_site, factory_of, find_sites, linear_maps, make_site, sites, sizes_of
+
+
+def names_beside(model: nn.Module) -> list[str]:
+    """Return the names of the token groups beside linear maps, in the order in which they were added."""
+    return list(dict.fromkeys(name for layer in sites(model).values() for name in layer.groups))
+
+
+def has_row(model: nn.Module) -> bool:
+    """Whether the table of architectures says where this model keeps parameter tokens of its own."""
+    return getattr(getattr(model, "config", None), "model_type", None) in ARCHITECTURES
+
+
+def all_group_names(model: nn.Module) -> list[str]:
+    """Return the names of all token groups: those that the configuration knows, and those beside linear maps."""
+    config: Any = getattr(model, "config", None)
+    return [*(group_names(config) if has_row(model) else []), *names_beside(model)]
+
+
+def fresh_name(taken: Collection[str]) -> str:
+    """Return the first of "grown1", "grown2", … that no token group has."""
+    return next(f"grown{i}" for i in range(1, len(taken) + 2) if f"grown{i}" not in taken)
+
+
+def check_new_beside(model: nn.Module, name: str) -> None:
+    """Raise GrowthError unless a token group can get this name in a model."""
+    taken = all_group_names(model)
+    if name in taken:
+        raise GrowthError(f"token group {name!r} exists already, beside {', '.join(taken)}; choose another name")
+    try:
+        check_group(name, 1)
+    except ValueError as error:
+        raise GrowthError(str(error)) from error
+
+
+@torch.no_grad()
+def grow_beside(
+    model: nn.Module, at: str | Mapping[str, int | None], tokens: int | None, *, name: str | None, seed: int
+) -> None:
+    """Do what `grow(model, at=…)` does; errors as there. New tokens are drawn from `seed` and their own place alone."""
+    counts, taken = find_sites(model, at, tokens), all_group_names(model)
+    name = fresh_name(taken) if name is None else name
+    check_new_beside(model, name)
+    modules = dict(model.named_modules())
+    for site, count in counts.items():
+        factory = factory_of(modules[site], model)
+        layer = make_site(modules[site], **factory)
+        place = hashlib.blake2b(f"{seed} {site} {name}".encode(), digest_size=7).digest()
+        layer.add_group(name, count, torch.Generator().manual_seed(int.from_bytes(place)), **factory)
+        layer.groups[name].tau = default_tau(count, layer.norm_activation_type)  # type: ignore[assignment]
+
+
+def parameters_beside(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters of each token group beside linear maps."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for layer in sites(model).values():
+        for name, group in layer.groups.items():
+            found.setdefault(name, []).extend(group.parameters())
+    return found
+
+
+def drop_beside(model: nn.Module, names: Collection[str]) -> None:
+    """Remove token groups beside linear maps; a map that has none left is what it was before the first."""
+    modules = dict(model.named_modules())
+    for site, layer in sites(model).items():
+        for name in [name for name in layer.groups if name in names]:
+            del layer.groups[name]
+            if name in layer.gates:
+                del layer.gates[name]
+        if not layer.groups:
+            clear_site(modules[site])
+
+
+@dataclass(frozen=True)
+class SiteTokens:
+    """The parameter tokens of one token group beside one linear map.
+
+    Attributes:
+        tau: its constant τ.
+        keys, values: `[n, D]` and `[E, n]`.
+        gate: weight `[1, D]` and bias `[1]`, where the group is routed.
+    """
+
+    tau: float
+    keys: Tensor
+    values: Tensor
+    gate: tuple[Tensor, Tensor] | None = None
+
+
+def take_tokens(model: nn.Module, name: str) -> dict[str, SiteTokens]:
+    """Return a token group beside linear maps, by the names of the maps; it shares its memory with the model.
+
+    Raises:
+        GrowthError: there is none of this name.
+    """
+    found = {}
+    for site, layer in sites(model).items():
+        if name in layer.groups:
+            group: Any = layer.groups[name]
+            gate: Any = dict(layer.gates.items()).get(name)
+            tensors = None if gate is None else (gate.weight, gate.bias)
+            found[site] = SiteTokens(group.tau, group.keys.weight, group.values.weight, tensors)
+    if not found:
+        raise GrowthError(f"there is no token group {name!r}; there are {', '.join(all_group_names(model)) or 'none'}")
+    return found
+
+
+@torch.no_grad()
+def put_tokens(model: nn.Module, name: str, tokens: Mapping[str, SiteTokens]) -> None:
+    """Put a copy of a token group beside the linear maps of a model, in the type of each map.
+
+    Raises:
+        GrowthError: the name is taken, or a map is missing or of other sizes. The model is then untouched.
+    """
+    check_new_beside(model, name)
+    check_whole(model)
+    maps = linear_maps(model)
+    for site, found in tokens.items():
+        wanted = (found.keys.shape[1], found.values.shape[0])
+        if site not in maps or sizes_of(maps[site]) != wanted:
+            there = f"maps {' to '.join(map(str, sizes_of(maps[site]) or ()))}" if site in maps else "is not there"
+            raise GrowthError(
+                f"token group {name!r} belongs beside {site}, which maps {wanted[0]} to {wanted[1]}; in this "
+                f"{type(model).__name__} it {there}: it is another model"
+            )
+    for site, found in tokens.items():
+        factory = factory_of(maps[site], model)
+        layer = make_site(maps[site], **factory)
+        layer.add_group(name, len(found.keys), **factory)
+        group: Any = layer.groups[name]
+        group.tau = found.tau
+        group.keys.weight.copy_(found.keys)
+        group.values.weight.copy_(found.values)
+        if found.gate is not None:
+            layer.add_gate(name)
+            set_gate(layer, name, *found.gate)
+
+
+def set_gate(layer: Pattention, name: str, weight: Tensor, bias: Tensor) -> None:
+    """Give the gate of a routed group its weight `[1, D]` and bias `[1]`."""
+    gate: Any = layer.gates[name]
+    gate.weight.copy_(weight)
+    gate.bias.copy_(bias)
+
+
+def merge_beside(model: nn.Module, other: nn.Module, *, rename: Mapping[str, str]) -> None:
+    """Do what `merge` does for groups beside linear maps of two children of one parent; errors as there."""
+    ours, theirs = names_beside(model), names_beside(other)
+    unknown = [name for name in rename if name not in theirs]
+    if unknown:
+        raise GrowthError(f"there is no token group {', '.join(map(repr, unknown))}; there are {', '.join(theirs)}")
+    new = {name: rename.get(name, name) for name in theirs if name in rename or name not in ours}
+    if not new:
+        raise GrowthError(f"there is nothing to merge: both models have the token groups {', '.join(ours)}")
+    if len(set(new.values())) < len(new):
+        raise GrowthError(f"two token groups would have one name: {', '.join(new.values())}; choose another in rename")
+    for name in new.values():
+        check_new_beside(model, name)
+    different = _differences(model, other, shared=[name for name in theirs if name not in new])
+    if different:
+        raise GrowthError(
+            f"these models do not share a parent's weights: they differ in {counted(len(different), 'tensor')}, such "
+            f"as {different[0]}. Only children that kept their parent frozen can be merged. If a token group is not "
+            "the same thing in both, rename it"
+        )
+    for old, name in new.items():
+        put_tokens(model, name, take_tokens(other, old))
+
+
+def _differences(model: nn.Module, other: nn.Module, *, shared: Iterable[str]) -> list[str]:
+    """Return the names of tensors that are not the same in two models, but for token groups that one alone has."""
+    a, b = own_state(model), own_state(other)
+    for state, of in ((a, model), (b, other)):
+        for name in shared:
+            for site, tokens in take_tokens(of, name).items():
+                state[f"{site}, keys of token group {name}"] = tokens.keys
+                state[f"{site}, values of token group {name}"] = tokens.values
+    odd = sorted(a.keys() ^ b.keys())
+    return [*odd, *(n for n in sorted(a.keys() & b.keys()) if a[n].dtype != b[n].dtype or not torch.equal(a[n], b[n]))]
+
+
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's state dict without what lies beside its linear maps."""
+    return {name: tensor for name, tensor in model.state_dict().items() if f".{CHILD}." not in name}
