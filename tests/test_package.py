@@ -138,6 +138,7 @@ def test_public_api_is_pinned():
         "text_blocks",
         "train",
         "unfreeze",
+        "using",
     ]
     assert set(tokenformer.__all__) <= set(dir(tokenformer))
     assert all(hasattr(tokenformer, name) for name in tokenformer.__all__)
@@ -234,7 +235,7 @@ def test_command_line_is_pinned():
         "sort": ["--force", "--output", "--text", "-o", "CHECKPOINT"],
         "slice": ["--force", "--output", "--text", "-o", "CHECKPOINT"],
         "shrink": ["--force", "--keep", "--output", "-o", "CHECKPOINT"],
-        "route": ["--force", "--other", "--output", "--own", "-o", "CHECKPOINT", "GROUP"],
+        "route": ["--force", "--other", "--output", "--own", "--per", "-o", "CHECKPOINT", "GROUP"],
         "inspect": ["--json", "--picture", "--prompt", "--text", "CHECKPOINT"],
         "generate": ["--keep", "--max-new-tokens", "--seed", "--temperature", "--top-k", "CHECKPOINT", "PROMPT"],
         "recipe": ["--explain"],

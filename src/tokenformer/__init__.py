@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .growth.grow import grow
     from .growth.route import route
     from .growth.select import prune, shrink, sort
+    from .growth.sequence import using
     from .models.configuration_tokenformer import PRESETS, TokenformerConfig
     from .models.configuration_tokenformer_vision import TokenformerVisionConfig
     from .models.modeling_tokenformer import TokenformerForCausalLM, TokenformerModel
@@ -81,6 +82,7 @@ __all__ = [
     "text_blocks",
     "train",
     "unfreeze",
+    "using",
 ]
 
 # Where a name is defined; errors are in errors.py under their own names.
@@ -110,6 +112,7 @@ _HOMES = {
     "text_blocks": "data.blocks.text_blocks",
     "train": "training.train.train",
     "unfreeze": "growth.freeze.unfreeze",
+    "using": "growth.sequence.using",
 }
 
 

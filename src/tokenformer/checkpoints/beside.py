@@ -22,12 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ..errors import CheckpointError, GrowthError
 from ..growth.beside import SiteTokens, own_state, put_tokens, take_tokens
+from ..growth.sequence import SequenceGate, sequence_gates
 from ..growth.state import check_finite, tensors_digest
 from ..units import counted
 from .files import replacing_folder
 from .verify import ADDON_CONFIG, CARD_FILE
 
 ADDON_WEIGHTS = "addon_model.safetensors"
+_SEQUENCE_GATE = ("sequence_gate.weight", "sequence_gate.bias")
 _PARENT, _OWN = "parent_sha256", "tensors_sha256"
 _CARD = """\
 ---
@@ -53,6 +55,7 @@ class Site(pydantic.BaseModel):
     tokens: int
     tau: float
     routed: bool = False
+    """Whether it has a gate of its own."""
 
 
 class AddonConfig(pydantic.BaseModel):
@@ -66,18 +69,24 @@ class AddonConfig(pydantic.BaseModel):
     """Of the parent, such as LlamaForCausalLM."""
     sites: dict[str, Site]
     """By names of linear maps."""
+    sequence_gate: bool = False
+    """Whether one gate decides for whole sequences."""
 
 
 def split_beside(model: nn.Module, name: str, output: str | Path, *, force: bool = False) -> Path:
     """Write a token group beside the linear maps of a model to an add-on folder; errors as `split`."""
     found = {_plain_name(site): tokens for site, tokens in take_tokens(model, name).items()}
     tensors = {f"{site}.{leaf}": t.contiguous() for site, of in found.items() for leaf, t in _leaves(of).items()}
+    gate = sequence_gates(model).get(name)
+    if gate is not None:
+        tensors |= dict(zip(_SEQUENCE_GATE, (gate.weight, gate.bias), strict=True))
     check_finite(tensors, f"token group {name!r}")
     config = AddonConfig(
         name=name,
         base_model_name_or_path=_parent_name(model),
         base_model_class=type(model).__name__,
         sites={s: Site(tokens=len(t.keys), tau=t.tau, routed=t.gate is not None) for s, t in found.items()},
+        sequence_gate=gate is not None,
     )
     facts = {_PARENT: json.dumps(_digests(model)), _OWN: tensors_digest(tensors)}
     with replacing_folder(Path(output), force=force) as folder:
@@ -96,6 +105,7 @@ def attach_beside(model: nn.Module, path: str | Path, *, name: str | None = None
         model,
         name or config.name,
         {outer.get(site, site): _tokens(site, facts, tensors) for site, facts in config.sites.items()},
+        SequenceGate(*(tensors[leaf] for leaf in _SEQUENCE_GATE)) if config.sequence_gate else None,
     )
 
 
@@ -114,6 +124,7 @@ def read_addon(path: str | Path) -> tuple[AddonConfig, dict[str, Tensor], dict[s
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"add-on {path} cannot be read: {error}; copy it again") from error
     wanted = {f"{site}.{leaf}" for site, found in config.sites.items() for leaf in _leaf_names(found)}
+    wanted |= {*_SEQUENCE_GATE} if config.sequence_gate else set()
     if tensors_digest(tensors) != own or wanted != tensors.keys():
         raise CheckpointError(f"add-on {path} is damaged: its tensors are not those that were written; copy it again")
     return config, tensors, parent

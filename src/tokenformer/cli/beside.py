@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -44,6 +44,17 @@ def grow_beside(
     make_console().print(f"Written: {output}", markup=False, soft_wrap=True)
 
 
+def route_beside(model: Any, group: str, own: Any, other: Any, output: Path, *, per: str, force: bool) -> Any:
+    """Write the add-on of a token group with gates, and return how well these tell the texts apart."""
+    from ..checkpoints.beside import split_beside
+    from ..growth.route import route
+
+    routing = route(model, group, own, other, per="sequence" if per == "sequence" else "text_token")
+    split_beside(model, group, output, force=force)
+    make_console().print(f"Written: {output}", markup=False, soft_wrap=True)
+    return routing
+
+
 def print_addon(console: "Console", path: Path, *, as_json: bool = False) -> None:
     """Show what an add-on holds, and beside which maps of which parent it belongs."""
     from ..checkpoints.beside import read_addon
@@ -62,6 +73,8 @@ def print_addon(console: "Console", path: Path, *, as_json: bool = False) -> Non
         soft_wrap=True,
     )
     console.print(site_table(config.sites))
+    if config.sequence_gate:
+        console.print("One gate decides for each sequence whether the group takes part.")
 
 
 def _tokens_at(pattern: str, tokens: int | None) -> tuple[str, int | None]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .arguments import Checkpoint, Force, Output, Parts, Text, check_checkpoint
-from .beside import grow_beside
+from .arguments import Checkpoint, Force, Model, Output, Parts, Text, check_checkpoint
+from .beside import grow_beside, route_beside
 from .console import make_console
 
 if TYPE_CHECKING:
@@ -254,11 +254,14 @@ def shrink(
 
 @groups.command()
 def route(
-    checkpoint: Checkpoint,
+    checkpoint: Model,
     group: Annotated[str, typer.Argument(help="Token group.", metavar="GROUP")],
     output: Output,
     own: Annotated[list[str], typer.Option(help="Text it is for; may be repeated.", metavar="SOURCE")],
     other: Annotated[list[str], typer.Option(help="Text it is not for; may be repeated.", metavar="SOURCE")],
+    per: Annotated[
+        Literal["text-token", "sequence"], typer.Option(help="What a gate decides for; sequences of add-ons alone.")
+    ] = "text-token",
     force: Force = False,
 ) -> None:
     """Let a token group take part only for text of its kind."""
@@ -267,14 +270,21 @@ def route(
     import datasets
 
     from ..checkpoints.files import check_target
+    from ..checkpoints.verify import is_addon_folder
+    from ..errors import GrowthError
     from ..growth.route import route_operation
 
     check_target(output, force=force)
+    if per == "sequence" and not is_addon_folder(checkpoint):
+        raise GrowthError(f"--per sequence is for add-ons, tokens beside linear maps; {checkpoint} is a checkpoint")
     model, _, sample = judged(checkpoint)
     own_blocks, other_blocks = (datasets.concatenate_datasets([sample(s) for s in kind]) for kind in (own, other))
-    found, routing = route_operation(model, group, own_blocks, other_blocks)
-    operation = replace(found, arguments={"group": group, "own": own, "other": other})
-    _rewrite(checkpoint, output, lambda source: operation, force=force)
+    if is_addon_folder(checkpoint):
+        routing = route_beside(model, group, own_blocks, other_blocks, output, per=per, force=force)
+    else:
+        found, routing = route_operation(model, group, own_blocks, other_blocks)
+        operation = replace(found, arguments={"group": group, "own": own, "other": other})
+        _rewrite(checkpoint, output, lambda source: operation, force=force)
     make_console().print(
         f"{group} takes part for {routing.open_on_own:.1%} of its own text and {routing.open_on_other:.1%} of the "
         "other, mean over its gates",

@@ -18,6 +18,7 @@ from ..models.pattention import Pattention
 from ..models.token_group import check_group, default_tau
 from ..units import counted
 from .architectures import ARCHITECTURES, group_names
+from .sequence import Follower, SequenceGate, add_sequence_gate, drop_sequence_gates, sequence_gates
 from .sites import CHILD, check_whole, clear_site, factory_of, find_sites, linear_maps, make_site, sites, sizes_of
 
 
@@ -89,6 +90,7 @@ def drop_beside(model: nn.Module, names: Collection[str]) -> None:
                 del layer.gates[name]
         if not layer.groups:
             clear_site(modules[site])
+    drop_sequence_gates(model, list(names))
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class SiteTokens:
     Attributes:
         tau: its constant τ.
         keys, values: `[n, D]` and `[E, n]`.
-        gate: weight `[1, D]` and bias `[1]`, where the group is routed.
+        gate: weight `[1, D]` and bias `[1]`, where it has a gate of its own.
     """
 
     tau: float
@@ -118,16 +120,24 @@ def take_tokens(model: nn.Module, name: str) -> dict[str, SiteTokens]:
         if name in layer.groups:
             group: Any = layer.groups[name]
             gate: Any = dict(layer.gates.items()).get(name)
-            tensors = None if gate is None else (gate.weight, gate.bias)
-            found[site] = SiteTokens(group.tau, group.keys.weight, group.values.weight, tensors)
+            own = None if gate is None or isinstance(gate, Follower) else (gate.weight, gate.bias)
+            found[site] = SiteTokens(group.tau, group.keys.weight, group.values.weight, own)
     if not found:
         raise GrowthError(f"there is no token group {name!r}; there are {', '.join(all_group_names(model)) or 'none'}")
     return found
 
 
 @torch.no_grad()
-def put_tokens(model: nn.Module, name: str, tokens: Mapping[str, SiteTokens]) -> None:
+def put_tokens(
+    model: nn.Module, name: str, tokens: Mapping[str, SiteTokens], sequence_gate: SequenceGate | None = None
+) -> None:
     """Put a copy of a token group beside the linear maps of a model, in the type of each map.
+
+    Args:
+        model: to change in place.
+        name: of the group there.
+        tokens: by names of maps.
+        sequence_gate: that decides for whole sequences.
 
     Raises:
         GrowthError: the name is taken, or a map is missing or of other sizes. The model is then untouched.
@@ -154,6 +164,8 @@ def put_tokens(model: nn.Module, name: str, tokens: Mapping[str, SiteTokens]) ->
         if found.gate is not None:
             layer.add_gate(name)
             set_gate(layer, name, *found.gate)
+    if sequence_gate is not None:
+        add_sequence_gate(model, name, sequence_gate.weight, sequence_gate.bias)
 
 
 def set_gate(layer: Pattention, name: str, weight: Tensor, bias: Tensor) -> None:
@@ -184,7 +196,7 @@ def merge_beside(model: nn.Module, other: nn.Module, *, rename: Mapping[str, str
             "the same thing in both, rename it"
         )
     for old, name in new.items():
-        put_tokens(model, name, take_tokens(other, old))
+        put_tokens(model, name, take_tokens(other, old), sequence_gates(other).get(old))
 
 
 def _differences(model: nn.Module, other: nn.Module, *, shared: Iterable[str]) -> list[str]:

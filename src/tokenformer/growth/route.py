@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,14 @@ from .architectures import GroupEntry, Groups, architecture_of, check_known, pla
 from .beside import names_beside, set_gate
 from .layout import TokenMap
 from .operations import Operation, apply, unchanged
+from .sequence import READS, add_sequence_gate, drop_sequence_gates, mean_embeddings
 from .sites import sites
 
 # Rows a gate is fitted on, of each kind of text: logistic regression in a few hundred dimensions needs no more.
 _ROWS = 16384
 _PENALTY = 1e-4
+# Text tokens of the pieces that gates of whole sequences are fitted on.
+_PROMPTS = (8, 32, READS)
 
 
 Place = TypeVar("Place", bound=Hashable)
@@ -45,7 +48,15 @@ class Routing:
     open_on_other: float
 
 
-def route(model: PreTrainedModel, name: str, own: Any, other: Any, *, batch_size: int = 8) -> Routing:
+def route(
+    model: PreTrainedModel,
+    name: str,
+    own: Any,
+    other: Any,
+    *,
+    per: Literal["text_token", "sequence"] = "text_token",
+    batch_size: int = 8,
+) -> Routing:
     """Give token group `name` gates, in place, fitted to open for text like `own` and to stay closed for `other`.
 
     Each gate is a logistic regression on what its layer sees: under the group for `own`, without it for `other`, as it
@@ -55,13 +66,21 @@ def route(model: PreTrainedModel, name: str, own: Any, other: Any, *, batch_size
         model: a TokenFormer, or any language model of transformers if the group is beside its linear maps.
         name: of the token group.
         own, other: text blocks, as `text_blocks` gives them.
+        per: "text_token": every layer decides for each text token. "sequence": one gate decides for a whole sequence,
+            from the mean embedding of its first 128 text tokens, and keeps to it in generation; `using` decides
+            instead. For groups beside linear maps.
         batch_size: text blocks per forward pass.
 
     Raises:
         GrowthError: no such group, neurons of an ordinary transformer, a group that came with blocks, or one without
             which some layer may have nothing left. The model is then untouched.
     """
+    if per not in ("text_token", "sequence"):
+        raise GrowthError(f'per is {per!r}; it must be "text_token" or "sequence"')
+    if per == "sequence":
+        return _route_sequences(model, name, own, other, batch_size)
     if name in names_beside(model):
+        drop_sequence_gates(model, [name])
         layers = {site: layer for site, layer in sites(model).items() if name in layer.groups}
         gates, routing = _fit(model, layers, name, own, other, batch_size)
         for site, layer in layers.items():
@@ -71,6 +90,30 @@ def route(model: PreTrainedModel, name: str, own: Any, other: Any, *, batch_size
     operation, routing = route_operation(model, name, own, other, batch_size=batch_size)
     apply(model, operation)
     return routing
+
+
+@torch.no_grad()
+def _route_sequences(model: PreTrainedModel, name: str, own: Any, other: Any, batch_size: int) -> Routing:
+    """Fit one gate on mean embeddings of pieces of text, short ones as prompts are and long ones."""
+    if name not in names_beside(model):
+        raise GrowthError(
+            f"token group {name!r} is not beside linear maps; gates that decide for whole sequences are for groups "
+            f"that are: {', '.join(names_beside(model)) or 'none'}"
+        )
+    rows = []
+    for text in (own, other):
+        pieces = [
+            mean_embeddings(model, part.to(model.device)).float().cpu()
+            for ids in batches(text, batch_size)
+            for length in _PROMPTS
+            for part in ids.split(length, dim=1)
+            if part.shape[1] == length or ids.shape[1] < length
+        ]
+        rows.append(torch.cat(pieces)[:_ROWS])
+    with torch.enable_grad():
+        weight, bias = _logistic_regression(*rows)
+    add_sequence_gate(model, name, weight[None], torch.tensor([bias]).to(weight))
+    return Routing(*((found @ weight + bias > 0).float().mean().item() for found in rows))
 
 
 def route_operation(
