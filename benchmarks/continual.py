@@ -149,6 +149,7 @@ class Lesson:
 def prepare(case: dict[str, Any], settings: Settings, runs: Path) -> Lesson:
     """Read and cut the texts; documents held out are those that training the parent holds out."""
     recipe, tuning = load_recipe(RECIPE), case["purpose"] == "tuning"
+    assert recipe.data is not None
     tokenizer = make_tokenizer(recipe.data.tokenizer, datasets.Dataset.from_dict({"text": []}))
     blocks, texts = {}, {}
     for name, source in TEXTS.items():

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import warnings
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import nbclient
 import nbformat
+import numpy as np
 import official_reference
 import pytest
 import test_package
@@ -71,6 +73,17 @@ def run(command: str) -> None:
         assert command == ". .venv/bin/activate", f"a new kind of command: {command}"
 
 
+def write_clothes(folder: Path) -> None:
+    """Write noise as Fashion-MNIST is written: IDX files of 28 × 28 pixels with ten labels."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 400), ("t10k", 40)):
+        arrays = (rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), np.arange(count, dtype=np.uint8) % 10)
+        for kind, array in zip(("images-idx3", "labels-idx1"), arrays, strict=True):
+            header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            (folder / f"{part}-{kind}-ubyte").write_bytes(header + array.tobytes())
+
+
 SHARED = commands(ROOT / "docs" / "verbs" / "index.md")  # the checkpoints that the pages' examples go on from
 
 
@@ -87,6 +100,11 @@ def prepared(tmp_path_factory):
         assert "0_000\n" in text and "validation_bytes: " in text
         text = re.sub(r"(?<=validation_bytes: )\d+", "2048", text.replace("0_000\n", "_000\n"))
         recipe.write_text(text.replace("source: python-stdlib", "source: examples"), encoding="utf-8")
+    recipe = folder / "recipes" / "vision.yaml"
+    text = recipe.read_text(encoding="utf-8")
+    assert text.count("171_000") == 2
+    recipe.write_text(text.replace("171_000", "128"), encoding="utf-8")
+    write_clothes(folder / "clothes")
     recipe = folder / "recipes" / "compare" / "first.yaml"
     text = recipe.read_text(encoding="utf-8")
     assert "e+9" in text and "seeds: [0, 1]" in text
@@ -114,6 +132,7 @@ def prepared(tmp_path_factory):
         shorter.write_text(beginning, encoding="utf-8")
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
+        patch.setattr("tokenformer.data.image_sources._FASHION", folder / "clothes")
         for command in SHARED:
             run(command)
         yield folder

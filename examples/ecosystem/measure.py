@@ -23,6 +23,7 @@ def held_out(checkpoint: Path, *, num_blocks: int) -> tuple[datasets.Dataset, in
     history = json.loads((checkpoint / "lineage.json").read_text())["history"]
     recipe = Recipe(**next(event["recipe"] for event in reversed(history) if event.get("recipe")))
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    assert recipe.data is not None
     length = recipe.training.sequence_length
     data = prepare(recipe.data, sequence_length=length, tokenizer_folder=checkpoint, tokenizer=tokenizer)
     (held,) = data.validation.values()

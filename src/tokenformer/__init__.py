@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .growth.route import route
     from .growth.select import prune, shrink, sort
     from .growth.sequence import using
+    from .models.configuration_blocks import TokenformerBlocksConfig
     from .models.configuration_tokenformer import PRESETS, TokenformerConfig
     from .models.configuration_tokenformer_vision import TokenformerVisionConfig
     from .models.modeling_tokenformer import TokenformerForCausalLM, TokenformerModel
@@ -56,6 +57,7 @@ __all__ = [
     "MissingExtraError",
     "Pattention",
     "RecipeError",
+    "TokenformerBlocksConfig",
     "TokenformerConfig",
     "TokenformerError",
     "TokenformerForCausalLM",
@@ -89,6 +91,7 @@ __all__ = [
 _HOMES = {
     "PRESETS": "models.configuration_tokenformer.PRESETS",
     "Pattention": "models.pattention.Pattention",
+    "TokenformerBlocksConfig": "models.configuration_blocks.TokenformerBlocksConfig",
     "TokenformerConfig": "models.configuration_tokenformer.TokenformerConfig",
     "TokenformerForCausalLM": "models.modeling_tokenformer.TokenformerForCausalLM",
     "TokenformerForImageClassification": "models.modeling_tokenformer_vision.TokenformerForImageClassification",

@@ -1,4 +1,4 @@
-"""How good a language model is: nats per text token and bits per byte on text, and lm-eval's tasks."""
+"""How good a model is: nats per text token and bits per byte on text, lm-eval's tasks, labels found of images."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Value
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 
-from .batches import batches
+from .batches import batches, pixel_values
 from .checkpoints.checkpoint import check_tokenizer
 from .data.blocks import pack, utf8_bytes
+from .data.image_sources import load_images
+from .data.images import images_of
 from .data.sources import load_documents
 from .errors import EvaluationError, MissingExtraError, first_line
 from .quiet import without_bars
@@ -117,6 +121,88 @@ def default_block_length(config: PreTrainedConfig) -> int:
 def _batch_size(block_length: int, vocabulary: int) -> int:
     """Return how many text blocks of logits, in float32, fit in 1 GiB: from 1 to 16."""
     return max(1, min(16, 2**30 // (4 * block_length * vocabulary)))
+
+
+@dataclass(frozen=True)
+class ImageEvaluation:
+    """What a model makes of images whose labels are known.
+
+    Attributes:
+        loss: mean cross entropy in nats per image.
+        accuracy: share of the images whose label is the likeliest.
+        top5_accuracy: share of those whose label is among the five likeliest.
+        images: how many.
+    """
+
+    loss: float
+    accuracy: float
+    top5_accuracy: float
+    images: int
+
+
+@torch.no_grad()
+def evaluate_image_rows(
+    model: nn.Module, rows: Any, processor: Any, *, batch_size: int = 64, dtype: torch.dtype | None = None
+) -> ImageEvaluation:
+    """Classify every image of `rows` once.
+
+    Args:
+        model: any transformers image classifier.
+        rows: images in the model's size, as `data.image_sources.load_images` gives them.
+        processor: its image processor.
+        batch_size: images per forward pass.
+        dtype: autocast to this type; default: compute in the weights' own.
+    """
+    config: Any = model.config
+    device = next(model.parameters()).device
+    was_training, total, right, near = model.training, 0.0, 0, 0
+    model.eval()
+    try:
+        for batch in rows.iter(batch_size=batch_size):
+            images = pixel_values(images_of(batch["pixels"], config.image_height_width), processor).to(device)
+            labels = torch.tensor(batch["label"], device=device)
+            with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+                logits = model(pixel_values=images).logits.float()
+            total += nn.functional.cross_entropy(logits, labels, reduction="none").cpu().double().sum().item()
+            # How many labels are found likelier; where several are equally likely, those count as likelier.
+            above = (logits >= logits.gather(1, labels[:, None])).sum(1) - 1
+            right, near = right + int((above < 1).sum()), near + int((above < 5).sum())
+    finally:
+        model.train(was_training)
+    return ImageEvaluation(total / len(rows), right / len(rows), near / len(rows), len(rows))
+
+
+@without_bars()
+def evaluate_images(
+    model: PreTrainedModel, processor: BaseImageProcessor, source: str, *, batch_size: int = 64, **columns: Any
+) -> ImageEvaluation:
+    """Classify all images of a part of `source`.
+
+    Args:
+        model: an image classifier, TokenFormer or other.
+        processor: its image processor.
+        source, columns: as `load_images`; `split` is the part, "test" where it is not named.
+        batch_size: images per forward pass.
+
+    Raises:
+        DataError: there are no such images, or they cannot be read.
+        EvaluationError: a label whose name the model does not know; labels that are only numbers are the model's.
+    """
+    config: Any = model.config
+    rows = load_images(source, size=config.image_height_width, **{"split": "test", **columns})
+    theirs, ours = rows.features["label"].names, [config.id2label[i] for i in range(config.num_labels)]
+    if theirs == [str(i) for i in range(len(ours))]:  # the source has no names for its labels
+        theirs = ours
+    unknown = [name for name in theirs if name not in ours]
+    if unknown:
+        raise EvaluationError(
+            f"the model tells {', '.join(ours)} apart, and {source!r} has images of {', '.join(unknown)}; take them out"
+        )
+    if theirs != ours:
+        numbers = [ours.index(name) for name in theirs]
+        rows = rows.cast_column("label", Value("int64"))
+        rows = rows.map(lambda batch: {"label": [numbers[i] for i in batch["label"]]}, batched=True)
+    return evaluate_image_rows(model, rows, processor, batch_size=batch_size)
 
 
 def evaluate_tasks(

@@ -108,7 +108,7 @@ def test_a_mixture_has_its_weights_and_goes_on_where_each_text_stopped(content):
 
 
 def test_each_text_is_validated_on_its_own_and_all_together(content, finished, tmp_path):
-    data = prepare_run(parse_recipe(content), tmp_path)
+    data = prepare_run(parse_recipe(content), tmp_path).data
     model, _, lineage = load_checkpoint(finished[1][-1])
     own, total = {}, 0.0
     for name, held in data.validation.items():
@@ -212,7 +212,7 @@ def test_streams_have_one_length(content):
 
 
 def test_difficulty_is_each_documents_bits_per_byte(content, finished, tmp_path):
-    data = prepare_run(parse_recipe(content), tmp_path)
+    data = prepare_run(parse_recipe(content), tmp_path).data
     documents = data.validation["old"].documents
     found = difficulty(str(finished[1][-1]), documents)
     model, tokenizer, _ = load_checkpoint(finished[1][-1], dtype=torch.float32)

@@ -67,7 +67,7 @@ def test_a_plus_is_harmless_where_a_number_is_wanted(tmp_path):
     ("content", "message"),
     [
         (changed(stages=[{"text_tokens": 1}, {"txt_tokens": 1}]), "'stages.1.txt_tokens'; did you mean 'text_tokens'?"),
-        (changed(stages=[{"text_tokens": 1}, {"txt_tokens": 1}]), "'stages.1.text_tokens' is missing"),
+        (changed(stages=[{"text_tokens": 1}, {"batch_size": 1}]), "'stages.1.text_tokens' is missing"),
         (changed(training={"batchsize": 1}), "unknown key 'training.batchsize'; did you mean 'batch_size'?"),
         (changed(modell={}), "unknown key 'modell'; did you mean 'model'?"),
         (
@@ -143,7 +143,7 @@ def test_the_first_stage_may_grow_a_checkpoint():
         ("a: \x07", "r.yaml is not valid YAML: "),
         ("model: !!python/name:os.system", "r.yaml is not valid YAML: "),
         ("é: 1".encode("latin1"), "cannot read recipe .*r.yaml: not UTF-8 text"),
-        ("- model", "r.yaml holds list, not keys such as model, data, training, stages, seed"),
+        ("- model", "r.yaml holds list, not keys such as model, data, images, training, stages, seed"),
         ("", "r.yaml holds nothing, not keys"),
     ],
 )
@@ -178,7 +178,7 @@ def test_every_field_is_explained():
 def test_explained_types_and_defaults():
     rows = {key: (kind, default) for key, kind, default, _ in fields(Recipe)}
     assert rows["stages"] == ("section", "")
-    assert rows["stages[].text_tokens"] == ("integer", "required")
+    assert rows["stages[].text_tokens"] == ("integer", "")
     assert rows["stages[].ffn_param_tokens"] == ("integer or text", "")
     assert rows["training.schedule"] == ("wsd or cosine or constant", "wsd")
     assert rows["data.streaming"] == ("true or false", "False")

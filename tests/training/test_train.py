@@ -246,7 +246,7 @@ def test_changed_text_is_noticed_on_resuming(text, content, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(parse_recipe(moving), tmp_path / "run", on_event=interrupt)
     (tmp_path / "text" / "more.txt").write_text("more " * 400)
-    with pytest.raises(DataError, match=r"text is not what this run began with .*training_documents 11 → 12"):
+    with pytest.raises(DataError, match=r"data is not what this run began with .*training_documents 11 → 12"):
         train(parse_recipe(moving), tmp_path / "run", resume=True)
 
 

@@ -57,10 +57,11 @@ def model_card(config: PreTrainedConfig, lineage: Lineage, *, license: str | Non
         for group in token_groups(config)
     ]
     last = lineage.last
-    texts = list(dict.fromkeys(str(event.data["source"]) for event in lineage.history if event.data))
+    sources = list(dict.fromkeys(str(event.data["source"]) for event in lineage.history if event.data))
+    unit, seen = _seen(config, last)
     facts = {
-        "Text": ", ".join(texts) or "not recorded",
-        "Text tokens seen": f"{last.text_tokens_seen:,}" if last.text_tokens_seen else "not recorded",
+        unit.split()[0]: ", ".join(sources) or "not recorded",
+        f"{unit} seen": f"{seen:,}" if seen else "not recorded",
         "Training FLOPs": f"{last.training_flops:.3g}" if last.training_flops else "not recorded",
         "Training time": f"{last.training_seconds:,.0f} s" if last.training_seconds else "not recorded",
         "Validation loss": _loss(last),
@@ -112,9 +113,17 @@ def _counts(group: GroupEntry) -> str:
     return ", ".join([*told, *blocks, *(["routed"] if group.routed else [])])
 
 
+def _seen(config: PreTrainedConfig, event: Event) -> tuple[str, int]:
+    """Say what a model reads, and how much of it it has trained on."""
+    reads_text = architecture_of(config).auto == "AutoModelForCausalLM"
+    return ("Text tokens", event.text_tokens_seen) if reads_text else ("Images", event.images_seen)
+
+
 def _loss(event: Event) -> str:
     if event.loss is None:
         return "not recorded"
+    if event.accuracy is not None:
+        return f"{event.loss:.4f} nats per image; {event.accuracy:.2%} of the labels found"
     texts = event.bits_per_byte_of or {}
     bits = "" if event.bits_per_byte is None else f", {event.bits_per_byte:.4f} bits per byte"
     each = "".join(f"; {name} {'–' if found is None else f'{found:.4f}'}" for name, found in texts.items())
@@ -123,5 +132,6 @@ def _loss(event: Event) -> str:
 
 def _sentence(event: Event) -> str:
     arguments = ", ".join(f"{name} {value}" for name, value in event.arguments.items() if value is not None)
-    seen = f"; {event.text_tokens_seen:,} text tokens seen so far" if event.operation == "train" else ""
+    read = f"{event.images_seen:,} images" if event.images_seen else f"{event.text_tokens_seen:,} text tokens"
+    seen = f"; {read} seen so far" if event.operation == "train" else ""
     return f"{event.date[:10]}: {event.operation}{f' ({arguments})' if arguments else ''}{seen}"

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.tokenizer import vocabulary_size
 from ..errors import CheckpointError, GrowthError, TokenizerError
@@ -66,7 +68,7 @@ OnProgress = Callable[[int, int], None]
 def save_checkpoint(
     path: str | Path,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: PreTrainedTokenizerBase | BaseImageProcessor | None = None,
     lineage: Lineage | Callable[[], Lineage] | None = None,
     *,
     force: bool = False,
@@ -79,7 +81,7 @@ def save_checkpoint(
     Args:
         path: the new folder.
         model: TokenFormer or ordinary transformer; on the meta device where `weights` is given.
-        tokenizer: to write beside it.
+        processor: tokenizer or image processor, to write beside it.
         lineage: what happened up to here; a function is called once the weights are written.
         force: replace what stands at `path`.
         extra: may write further files into the folder before it gets its name.
@@ -104,8 +106,8 @@ def save_checkpoint(
         else:
             digest = _save_streamed(folder, model, weights, on_progress)
         _add_older_rope_fields(folder / CONFIG_FILE)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
         if extra is not None:
             extra(folder)
         known = (lineage() if callable(lineage) else lineage) or Lineage()
@@ -248,6 +250,20 @@ def load_tokenizer(path: str | Path, config: PreTrainedConfig) -> PreTrainedToke
         raise TokenizerError(f"the tokenizer in {path} has no end-of-text token, which separates documents; set one")
     check_tokenizer(tokenizer, config, where=f"in {path}")
     return tokenizer
+
+
+def load_image_processor(path: str | Path) -> BaseImageProcessor | None:
+    """Read the image processor kept with a checkpoint, by Pillow; None where there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if not (Path(path) / "preprocessor_config.json").exists():
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(path, backend="pil")
+    except Exception as error:  # whatever is wrong in it
+        raise CheckpointError(f"checkpoint {path} is damaged: its image processor cannot be read: {error}") from error
 
 
 def _bare_tokenizer(file: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:

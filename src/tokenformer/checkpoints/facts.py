@@ -47,6 +47,7 @@ def checkpoint_facts(path: str | Path) -> dict[str, Any]:
         "num_hidden_layers": len(blocks),
         "hidden_size": norm.shape[0] if norm else fields.get("hidden_size"),
         "vocab_size": fields.get("vocab_size"),
+        "labels": len(fields["id2label"]) if row.auto == "AutoModelForImageClassification" else None,
         "groups": groups,
         "everything_else": {
             "parameters": total - sum(group["parameters"] for group in groups),

@@ -28,21 +28,28 @@ class Event(pydantic.BaseModel):
     recipe: dict[str, Any] | None = None
     """The whole training recipe."""
     data: dict[str, Any] | None = None
-    """What the text was: source, tokenizer, held-out text, and of training what share of it each text was."""
+    """What the text or the images were: source, tokenizer, what was held out, and of training what share each text
+    was."""
     seed: int | None = None
     """Of everything random in it."""
     text_tokens_seen: int = 0
     """Text tokens trained on."""
+    images_seen: int = 0
+    """Images trained on."""
     training_flops: float = 0.0
     """FLOPs spent on training."""
     training_seconds: float = 0.0
     """Wall time spent on training."""
     loss: float | None = None
-    """Validation loss afterwards, in nats per text token."""
+    """Validation loss afterwards, in nats per text token or per image."""
     bits_per_byte: float | None = None
     """Validation loss afterwards, in bits per UTF-8 byte."""
     bits_per_byte_of: dict[str, float | None] | None = None
     """The same of each text, where there are several."""
+    accuracy: float | None = None
+    """Share of the held-out images whose label the model found likeliest afterwards."""
+    top5_accuracy: float | None = None
+    """Share of those whose label was among the five likeliest."""
     date: str = pydantic.Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     """When, in UTC."""
     versions: dict[str, str] = pydantic.Field(
@@ -82,7 +89,7 @@ class Lineage(pydantic.BaseModel):
 
     def then(self, operation: str, **event: Any) -> Lineage:
         """Return this lineage with one more event, which carries the costs on where it does not state them."""
-        fields = ("text_tokens_seen", "training_flops", "training_seconds")
+        fields = ("text_tokens_seen", "images_seen", "training_flops", "training_seconds")
         costs = {field: getattr(self.last, field) for field in fields}
         before = {"parent": self.weights_sha256, "parent_dtype": self.dtype}
         new = Event(**{"operation": operation, **before, **costs, **event})

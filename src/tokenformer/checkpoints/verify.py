@@ -22,8 +22,17 @@ CARD_FILE = "README.md"
 OPTIMIZER_FILE = "optimizer.pt"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
-# How names of the files that tokenizers are kept in begin.
-_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "spiece", "chat_template")
+# How names of the files begin that tokenizers and image processors are kept in.
+_PROCESSORS = (
+    "preprocessor_config",
+    "tokenizer",
+    "vocab",
+    "merges",
+    "special_tokens_map",
+    "added_tokens",
+    "spiece",
+    "chat_template",
+)
 # What other tools keep weights in, beside ours.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz"}
 _MOST_CARRIED = 200_000_000  # bytes: tokenizers reach tens of megabytes
@@ -191,7 +200,7 @@ def weight_files(path: str | Path) -> list[Path]:
 
 def other_digests(folder: Path) -> dict[str, str]:
     """Return the sha256 of the files beside the weights on which a checkpoint depends, by name."""
-    names = sorted(f.name for f in folder.iterdir() if f.name.startswith((CONFIG_FILE, OPTIMIZER_FILE, *_TOKENIZER)))
+    names = sorted(f.name for f in folder.iterdir() if f.name.startswith((CONFIG_FILE, OPTIMIZER_FILE, *_PROCESSORS)))
     return {name: files_digest([folder / name]) for name in names}
 
 

@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ from .compare import comparisons
 from .console import make_console
 from .groups import groups, note_order, rewriting
 from .inspect import inspection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -139,6 +142,10 @@ def evaluate(
     text: Annotated[
         list[str] | None, typer.Option(help="File, folder, glob or dataset to read; may be repeated.", metavar="SOURCE")
     ] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Images to classify, as images.source of a recipe.", metavar="SOURCE")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Part of the images' source.")] = "test",
     tasks: Annotated[
         str | None, typer.Option(help="lm-eval's tasks, or task files, separated by commas.", metavar="TASKS")
     ] = None,
@@ -152,7 +159,7 @@ def evaluate(
     keep: Keep = 1.0,
     as_json: Json = False,
 ) -> None:
-    """Measure bits per byte on any text, and run lm-eval's tasks."""
+    """Measure bits per byte on any text, run lm-eval's tasks, or count the labels found of images."""
     import torch
 
     from ..checkpoints.checkpoint import load_checkpoint
@@ -162,10 +169,13 @@ def evaluate(
     from ..training.recipe import TrainingSection
     from .tables import task_table, text_table
 
-    if not text and not tasks:
-        raise EvaluationError("nothing to evaluate on: give --text SOURCE, --tasks TASKS, or both")
+    if not text and not tasks and not images:
+        raise EvaluationError("nothing to evaluate on: give --text SOURCE, --tasks TASKS, or both, or --images SOURCE")
     model, tokenizer, lineage = load_checkpoint(checkpoint, keep=keep)
     note_order(lineage, keep)
+    if images:
+        _evaluate_images(checkpoint, model, images, split, batch_size=batch_size, as_json=as_json)
+        return
     if tokenizer is None:
         raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")
     model.to(torch.accelerator.current_accelerator() or "cpu")
@@ -189,6 +199,31 @@ def evaluate(
         console.print(text_table(texts, length))
     if measured:
         console.print(task_table(measured))
+
+
+def _evaluate_images(
+    checkpoint: Path, model: "PreTrainedModel", source: str, split: str, *, batch_size: int | None, as_json: bool
+) -> None:
+    import torch
+
+    from ..checkpoints.checkpoint import load_image_processor
+    from ..errors import EvaluationError
+    from ..evaluation import evaluate_images
+    from .tables import image_table
+
+    processor = load_image_processor(checkpoint)
+    if model.main_input_name != "pixel_values" or processor is None:
+        raise EvaluationError(
+            f"checkpoint {checkpoint} reads no images, or has no preprocessor_config.json that says how; give --text "
+            "for a model that reads text"
+        )
+    model.to(torch.accelerator.current_accelerator() or "cpu")
+    found = evaluate_images(model, processor, source, split=split, batch_size=batch_size or 64)
+    facts = [{"source": source, "split": split, **asdict(found)}]
+    if as_json:
+        typer.echo(json.dumps({"checkpoint": str(checkpoint), "images": facts}, ensure_ascii=False))
+    else:
+        make_console().print(image_table(facts))
 
 
 @app.command()

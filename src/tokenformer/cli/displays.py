@@ -76,7 +76,13 @@ class TrainingDisplay(_Display):
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event."""
         kind = event["event"]
-        if kind == "data":
+        if kind == "data" and "training_images" in event:
+            self.console.print(
+                f"images: {event['source']}, {event['labels']} labels, {event['training_images']:,} to train on, "
+                f"{event['validation_images']:,} held out",
+                markup=False,
+            )
+        elif kind == "data":
             texts = event.get("texts", {"": event})
             sizes = ", ".join(f"{n} {t.get('training_text_tokens', 0):,}".strip() for n, t in texts.items())
             source = "" if "texts" in event else f"{event['source']}, "

@@ -1,6 +1,6 @@
 """The commands on token groups: parse, call one function, print."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..checkpoints.lineage import Lineage
+    from .tables import StageRow
 
 groups = typer.Typer()
 
@@ -363,7 +364,7 @@ def note_order(lineage: "Lineage", keep: float) -> None:
         )
 
 
-def _report(console: "Console", *rows: Sequence[str], output: Path) -> None:
+def _report(console: "Console", *rows: "StageRow", output: Path) -> None:
     from .tables import stage_table
 
     console.print(stage_table(rows))

@@ -49,12 +49,15 @@ def inspect(
     if as_json:
         typer.echo(json.dumps({**facts, **lineage.model_dump(mode="json", exclude_none=True)}, ensure_ascii=False))
         return
+    sees = facts["labels"] is not None
+    chooses = counted(facts["labels"], "label") if sees else f"vocabulary {facts['vocab_size']:,}"
+    use = "classifying images" if sees else "generating a text token"
     console = make_console()
     console.print(
         f"{checkpoint}: {facts['parameters']:,} parameters, {counted(facts['num_hidden_layers'], 'block')} of width "
-        f"{facts['hidden_size']}, {facts['kind']}, vocabulary {facts['vocab_size']:,}\n"
-        f"Training needs {amount(facts['training_bytes'] / 1e6)} MB beside activations (float32, AdamW); generating "
-        f"reads {amount(facts['bytes'] / 1e6)} MB per text token.",
+        f"{facts['hidden_size']}, {facts['kind']}, {chooses}\n"
+        f"Training needs {amount(facts['training_bytes'] / 1e6)} MB beside activations (float32, AdamW); {use} "
+        f"reads {amount(facts['bytes'] / 1e6)} MB.",
         markup=False,
         soft_wrap=True,
     )

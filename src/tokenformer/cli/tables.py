@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
 from rich.markup import escape
@@ -58,32 +58,44 @@ def site_table(sites: Mapping[str, Site]) -> Table:
     return tabulate(("linear map", "routed"), ("maps", "parameter tokens", "τ"), rows)
 
 
-def stage_table(rows: Iterable[Row]) -> Table:
+class StageRow(NamedTuple):
+    """What a checkpoint is and has cost, and what its last number is of."""
+
+    cells: Row
+    score: str
+
+
+def stage_table(rows: Iterable[StageRow]) -> Table:
     """Tabulate checkpoints, each as `stage_row` tells it.
 
-    Parameters and text tokens (seen so far), parameter tokens by group, cumulative training FLOPs and time, validation
-    loss in nats per text token.
+    Parameters and what was read so far (text tokens or images), parameter tokens by group, cumulative training FLOPs
+    and time, validation loss in nats for each of what was read.
     """
-    numbers = ("params", "text", "FLOPs", "time", "loss", "bits/byte")
-    return tabulate(("stage", "token groups"), numbers, rows)
+    listed = list(rows)
+    numbers = ("params", "read", "FLOPs", "time", "loss", listed[-1].score)
+    return tabulate(("stage", "token groups"), numbers, [row.cells for row in listed])
 
 
-def stage_row(label: str, folder: Path) -> Row:
+def stage_row(label: str, folder: Path) -> StageRow:
     """Say what a checkpoint is and has cost: sizes from its configuration, costs and losses from its lineage."""
     from .. import cost
     from ..checkpoints.checkpoint import read_config
     from ..checkpoints.verify import read_lineage
+    from ..growth.architectures import architecture_of
 
     config, last = read_config(folder), read_lineage(folder).last
-    spent = short(last.text_tokens_seen), scientific(last.training_flops), f"{amount(last.training_seconds)} s"
-    return (
+    read = short(last.text_tokens_seen or last.images_seen)
+    spent = read, scientific(last.training_flops), f"{amount(last.training_seconds)} s"
+    sees = architecture_of(config).auto == "AutoModelForImageClassification"
+    cells = (
         label,
         "\n".join(f"{name} {count:,}" for name, count in cost.group_tokens(config).items()),
         short(cost.parameters(config)),
         *(spent if last.training_flops else "–––"),  # nobody told what an ordinary checkpoint has cost
         _loss(last.loss),
-        _loss(last.bits_per_byte),
+        _share(last.accuracy) if sees else _loss(last.bits_per_byte),
     )
+    return StageRow(cells, "top-1" if sees else "bits/byte")
 
 
 def text_loss_table(checkpoints: Sequence[Path]) -> Table | None:
@@ -105,13 +117,13 @@ def lineage_table(lineage: Lineage) -> Table:
             ", ".join(f"{k}: {v}" for k, v in event.arguments.items() if v is not None),
             event.date[:10],
             (event.parent or "–")[:8],
-            short(event.text_tokens_seen),
+            short(event.text_tokens_seen or event.images_seen),
             scientific(event.training_flops),
             _loss(event.loss),
         )
         for event in lineage.history
     ]
-    return tabulate(("operation", "arguments"), ("date", "from", "text", "FLOPs", "loss"), rows, "Lineage")
+    return tabulate(("operation", "arguments"), ("date", "from", "read", "FLOPs", "loss"), rows, "Lineage")
 
 
 def group_table(groups: Sequence[dict[str, Any]], rest: dict[str, Any]) -> Table:
@@ -137,6 +149,15 @@ def text_table(found: Sequence[dict[str, Any]], block_length: int) -> Table:
     rows = [(e["source"], short(e["text_tokens"]), f"{e['loss']:.4f}", f"{e['bits_per_byte']:.4f}") for e in found]
     title = f"Text, in text blocks of {block_length:,} text tokens"
     return tabulate(("source",), ("text tokens", "loss", "bits/byte"), rows, title)
+
+
+def image_table(found: Sequence[dict[str, Any]]) -> Table:
+    """Tabulate evaluations of images as `evaluate --json` lists them."""
+    rows = [
+        (e["source"], f"{e['images']:,}", f"{e['loss']:.4f}", _share(e["accuracy"]), _share(e["top5_accuracy"]))
+        for e in found
+    ]
+    return tabulate(("source",), ("images", "loss", "top-1", "top-5"), rows, "Images")
 
 
 def task_table(results: dict[str, Any]) -> Table:
@@ -204,6 +225,10 @@ def advice_table(advice: Advice) -> Table:
     heads = ("after", "params", "text", "bits/byte", "interval")
     note = "; ? beyond the comparisons" if any(option.beyond for option in advice.options) else ""
     return tabulate(("do", "add"), heads, rows, f"What the budget should come to{note}")
+
+
+def _share(share: float | None) -> str:
+    return "–" if share is None else f"{share:.2%}"
 
 
 def _loss(value: float | None) -> str:

@@ -33,7 +33,7 @@ from ..growth.freeze import freeze_only
 from ..quiet import quietly
 from ..training.difficulty import difficulty
 from ..training.partial import unfinished
-from ..training.preparation import first_config
+from ..training.text import first_config
 from .arms import Run, Segment, final_runs, segments
 from .methods import grow_by
 from .recipe import CompareRecipe

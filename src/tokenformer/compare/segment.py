@@ -24,11 +24,10 @@ from ..data.text import TextData
 from ..evaluation import Evaluation
 from ..growth.freeze import freeze_only
 from ..training.log import Log, finite, read_log
-from ..training.preparation import first_config
 from ..training.recipe import TrainingSection
 from ..training.settings import StageSettings
 from ..training.stage import run_stage
-from ..training.watch import validate
+from ..training.text import TextMaterial, first_config
 from .arms import Segment
 from .budgets import cost_per_step, flops_per_step, steps_within
 from .methods import grow_by
@@ -77,7 +76,7 @@ def train_segment(segment: Segment, parent: Line | None, text: Text, folder: Pat
     trained = run_stage(
         settings,
         lambda: (model, states, lineage),
-        text.report,
+        TextMaterial(text.report),
         Log(place / "log.jsonl", on_event=lambda event: None, enabled=True),
         place / "checkpoint",
     )
@@ -212,7 +211,7 @@ def _per_step(segment: Segment, model: PreTrainedModel, training: TrainingSectio
 
 
 def _evaluate(model: PreTrainedModel, data: TextData, training: TrainingSection) -> Evaluation:
-    return validate(model.to(torch.accelerator.current_accelerator() or "cpu"), data, training)
+    return TextMaterial(data).measure(model.to(torch.accelerator.current_accelerator() or "cpu"), training)
 
 
 def _point(event: Line, before: Line, flops_per_step: float) -> Line:

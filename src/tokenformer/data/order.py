@@ -47,6 +47,14 @@ class Reading:
         """Return how many times over each text is read, given how many text blocks it has."""
         return {text: count / (sizes[text] * self.pieces) for text, count in self.counts.items()}
 
+    def told(self, sizes: Mapping[str, int]) -> dict[str, dict[str, float]]:
+        """Say what share of the sequences each text is and, where sizes are known, how many times over it is read."""
+        passes = self.passes(sizes) if sizes else {}
+        return {
+            text: {"share": share, **({"passes": passes[text]} if text in passes else {})}
+            for text, share in self.shares.items()
+        }
+
     def order(self, sizes: Mapping[str, int], *, seed: int) -> np.ndarray:
         """Return the sequences to read, as places in the texts' cut blocks, laid one after the other as in `shares`.
 

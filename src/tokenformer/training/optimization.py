@@ -19,15 +19,15 @@ from .recipe import Recipe, Stage, TrainingSection
 
 
 def steps_of(stage: Stage, recipe: Recipe) -> int:
-    """Optimizer steps of a stage: its text tokens, rounded up to whole batches."""
-    return math.ceil(stage.text_tokens / stage.training(recipe.training).tokens_per_step)
+    """Optimizer steps of a stage: its text tokens or images, rounded up to whole batches."""
+    return math.ceil(stage.amount / recipe.per_step(stage))
 
 
 def learning_rate(recipe: Recipe, stage: int, step: int) -> float:
     """Learning rate of optimizer step `step` (from 0) of stage `stage` (from 0)."""
     t = recipe.training
     steps = [steps_of(s, recipe) for s in recipe.stages]
-    sizes = [s.training(t).tokens_per_step for s in recipe.stages]
+    sizes = [recipe.per_step(s) for s in recipe.stages]
     peak = recipe.stages[stage].learning_rate or t.learning_rate
     if t.schedule == "cosine":
         warmup = t.warmup * steps[stage]
@@ -147,8 +147,13 @@ def _rates(model: PreTrainedModel, t: TrainingSection) -> dict[torch.nn.Paramete
     """Return what a parameter's learning rate is as a multiple of the schedule's, where it is another."""
     narrower = 1.0 if t.rate_width is None else t.rate_width / model.config.hidden_size
     rates = {} if t.optimizer == "muon" else dict.fromkeys(_block_matrices(model), narrower)
-    rates[model.get_input_embeddings().weight] = t.embedding_rate
     head = model.get_output_embeddings()
+    if model.main_input_name == "pixel_values":
+        # A map of pixels is no table of which each input moves a row; it and positions learn as a head does.
+        head = getattr(model, architecture_of(model.config).head)
+        rates |= dict.fromkeys(model.base_model.embeddings.parameters(), t.head_rate)
+    else:
+        rates[model.get_input_embeddings().weight] = t.embedding_rate
     if head is not None:
         # Of one tied to the embedding the rate does not follow the width, for the embedding's does not.
         rates[head.weight] = t.head_rate * (1.0 if head.weight in rates else narrower)

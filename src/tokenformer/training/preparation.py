@@ -1,4 +1,4 @@
-"""What happens before the first step: the run folder, the text, and a rehearsal of every stage."""
+"""What happens before the first step: the run folder, the data, and a rehearsal of every stage."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ..checkpoints.checkpoint import load_tokenizer, read_config
+from ..checkpoints.checkpoint import read_config
 from ..checkpoints.files import check_target, replacing_folder
-from ..data.text import TextData, prepare
-from ..data.tokenizer import vocabulary_size
-from ..errors import CheckpointError, GrowthError, RecipeError, TokenizerError
-from ..growth.architectures import frozen_names
+from ..errors import CheckpointError, GrowthError, RecipeError
+from ..growth.architectures import architecture_of, auto_class, frozen_names
 from ..growth.freeze import freeze_only
 from ..growth.grow import grow
-from .difficulty import difficulty
-from .model import ModelSection
+from .images import prepare_pictures
+from .material import Material
+from .precision import use_bfloat16
 from .recipe import Recipe, TrainingSection, parse_recipe
+from .text import prepare_text
 
 # Fields of TrainingArguments that do nothing beside our optimizer, schedule and validation; those that break resuming.
 _DECIDED = ("learning_rate", "lr_", "optim", "weight_decay", "adam_", "warmup_", "num_train_epochs", "eval_", "save_")
@@ -33,7 +33,7 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def begin_run(recipe: Recipe, run: Path, *, force: bool) -> TextData:
+def begin_run(recipe: Recipe, run: Path, *, force: bool) -> Material:
     """Make the run folder and prepare the run in it; if that fails, what was there before still is.
 
     Raises:
@@ -65,38 +65,18 @@ def check_resumable(recipe: Recipe, run: Path) -> None:
         )
 
 
-def prepare_run(recipe: Recipe, run: Path) -> TextData:
-    """Read the text, and rehearse every stage without weights: no mistake should wait behind hours of training."""
+def prepare_run(recipe: Recipe, run: Path) -> Material:
+    """Read the data, and rehearse every stage without weights: no mistake should wait behind hours of training."""
     initial = recipe.model.checkpoint
     config = read_config(initial) if initial is not None else None
-    tokenizer = load_tokenizer(initial, config) if initial is not None and config is not None else None
-    length = recipe.training.sequence_length
-    data = prepare(
-        recipe.data,
-        sequence_length=length,
-        tokenizer_folder=run / "tokenizer",
-        others=recipe.other_texts,
-        tokenizer=tokenizer,
-        difficulty=difficulty,
-    )
+    prepare = prepare_text if recipe.images is None else prepare_pictures
+    data = prepare(recipe, run, config)
     if config is None:
-        config = first_config(recipe.model, data, context=length, where="model")
-    if vocabulary_size(data.tokenizer) > config.vocab_size:
-        remedy = (
-            "take vocab_size out of model" if initial is None else "name the one it was trained with as data.tokenizer"
-        )
-        raise TokenizerError(
-            f"the ids of tokenizer {recipe.data.tokenizer} go up to {vocabulary_size(data.tokenizer) - 1}, and the "
-            f"embedding of {initial or 'the model'} has {config.vocab_size} rows: {remedy}"
-        )
-    if config.model_type != "tokenformer" and length > config.max_position_embeddings:
-        raise RecipeError(
-            f"training.sequence_length is {length}, more than the {config.max_position_embeddings} text tokens that "
-            f"the model{f' in {initial}' if initial else ''} can read"
-        )
+        config = data.config(recipe)
+    data.check(config, recipe)
     training_arguments(recipe.training, run, steps=1, seed=recipe.seed)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
         for i, stage in enumerate(recipe.stages):
             if stage.batch_size is not None:
                 try:
@@ -112,7 +92,7 @@ def prepare_run(recipe: Recipe, run: Path) -> TextData:
                 freeze_only(model, frozen_parts(stage.frozen, model.config))
             except GrowthError as error:
                 raise RecipeError(f"stages.{i}: {error}") from error
-            if stage.nested_dropout is not None and model.config.model_type != "tokenformer":
+            if stage.nested_dropout is not None and not architecture_of(model.config).has_pattention:
                 raise RecipeError(f"stages.{i}: nested_dropout takes prefixes of a TokenFormer's token groups only")
     return data
 
@@ -120,31 +100,6 @@ def prepare_run(recipe: Recipe, run: Path) -> TextData:
 def frozen_parts(frozen: list[str] | None, config: PreTrainedConfig) -> list[str]:
     """Return what a stage freezes: what it says, or else what the checkpoint has frozen."""
     return frozen if frozen is not None else frozen_names(config)
-
-
-def first_config(model: ModelSection, data: TextData, *, context: int, where: str) -> PreTrainedConfig:
-    """Return a first stage's configuration: the sizes of `model`, the tokenizer's vocabulary, embeddings tied.
-
-    Args:
-        model: a recipe's section, or that of an arm of a comparison.
-        data: the text.
-        context: text tokens that it can read.
-        where: the section is, for the error.
-
-    Raises:
-        RecipeError: sizes that make no model.
-    """
-    end = data.tokenizer.eos_token_id
-    try:
-        return model.config(
-            vocab_size=vocabulary_size(data.tokenizer),
-            max_position_embeddings=context,
-            tie_word_embeddings=True,
-            eos_token_id=end,
-            bos_token_id=end,
-        )
-    except ValueError as error:
-        raise RecipeError(f"{where}: {error}") from error
 
 
 def training_arguments(t: TrainingSection, output: Path, *, steps: int, seed: int) -> TrainingArguments:
@@ -198,12 +153,3 @@ def training_arguments(t: TrainingSection, output: Path, *, steps: int, seed: in
             f"one process each: torchrun --nproc-per-node {arguments.n_gpu} -m tokenformer train …"
         )
     return arguments
-
-
-def use_bfloat16(precision: str) -> bool:
-    """Whether to compute in bfloat16: on "auto" only with units for it, since CPUs without emulate it slowly."""
-    if precision != "auto":
-        return precision == "bfloat16"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

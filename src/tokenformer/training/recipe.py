@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from ..data.image_section import ImageSection
 from ..data.section import DataSection, TextSection, texts_in
 from ..growth.grow import Amount
 from ..sections import Section, parse_sections, read_sections
@@ -121,8 +122,10 @@ class Stage(Section):
     """One growth stage: grow (all but the first may), then train."""
 
     renamed: ClassVar[dict[str, str]] = {"group": "name", "token_group_norm": "norm"}
-    text_tokens: int = Field(gt=0)
+    text_tokens: int | None = Field(None, gt=0)
     """Text tokens to train on in this stage, rounded up to whole optimizer steps."""
+    images: int | None = Field(None, gt=0)
+    """Instead, where the recipe has images: how many of them."""
     data: TextSection | None = None
     """What it reads instead of `data`: a source, or a mixture with weights. It is held out and tokenised alike."""
     sequence_length: int | None = Field(None, gt=1)
@@ -152,6 +155,11 @@ class Stage(Section):
     """Train prefixes as well, so that slices of the model are good: in every step only a random share of each group's
     first parameter tokens takes part, between this and 1."""
 
+    @property
+    def amount(self) -> int:
+        """Text tokens, or images, to train on."""
+        return self.text_tokens or self.images or 0
+
     def training(self, all_stages: TrainingSection) -> TrainingSection:
         """Return how this stage trains."""
         own = self.model_dump(include={"sequence_length", "batch_size"}, exclude_none=True)
@@ -171,14 +179,33 @@ class Recipe(Section):
 
     model: StartSection
     """The first stage's model."""
-    data: DataSection
+    data: DataSection | None = None
     """The text."""
+    images: ImageSection | None = None
+    """The images, in place of text."""
     training: TrainingSection = TrainingSection()
     """How to train."""
     stages: list[Stage] = Field(min_length=1)
     """Growth stages in order."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides initial weights, hold-out order of the text and everything else random."""
+
+    @model_validator(mode="after")
+    def _stages_say_how_much_they_read_of_what_there_is(self) -> Recipe:
+        if self.data is not None and self.images is not None:
+            raise ValueError("data is text to train on, and images is instead of it: take one of them out")
+        if self.data is None and self.images is None:
+            raise ValueError("'data' is missing: the text to train on, or images in its place")
+        kind, other = ("text_tokens", "images") if self.images is None else ("images", "text_tokens")
+        for i, stage in enumerate(self.stages):
+            if getattr(stage, kind) is None:
+                raise ValueError(f"'stages.{i}.{kind}' is missing")
+            of_text = [name for name in ("data", "sequence_length") if getattr(stage, name) is not None]
+            foreign = [other, *(of_text if kind == "images" else [])]
+            given = [name for name in foreign if getattr(stage, name) is not None]
+            if given:
+                raise ValueError(f"stages.{i}.{given[0]} does not go with {'data' if kind != 'images' else 'images'}")
+        return self
 
     @model_validator(mode="after")
     def _first_stage_does_not_grow(self) -> Recipe:
@@ -191,10 +218,17 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _stages_read_one_set_of_texts(self) -> Recipe:
+        if self.data is None:
+            return self
         for i, stage in enumerate(self.stages):
             check_length(stage.sequence_length, self.training, self.data, where=f"stages.{i}")
         texts_in(self.data, self.other_texts)
         return self
+
+    def per_step(self, stage: Stage) -> int:
+        """Text tokens, or images, in an optimizer step of a stage."""
+        training = stage.training(self.training)
+        return training.batch_size if self.images is not None else training.tokens_per_step
 
     @property
     def other_texts(self) -> list[TextSection]:

@@ -46,11 +46,6 @@ class StageSettings:
     recipe: dict[str, Any] | None = None
     rate_of_new: Callable[[int], float] | None = None
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Text tokens in an optimizer step."""
-        return self.training.tokens_per_step
-
 
 def stage_settings(recipe: Recipe, index: int) -> StageSettings:
     """Return what stage `index` (from 0) of a recipe says."""
@@ -75,8 +70,12 @@ def reading(recipe: Recipe, index: int) -> Reading:
     """Return what stage `index` (from 0) reads: it goes on in each text where the stages before it have stopped."""
     stage, before = recipe.stages[index], reading(recipe, index - 1).after() if index else {}
     training = stage.training(recipe.training)
+    sequences = training.batch_size * steps_of(stage, recipe)
+    if recipe.data is None:
+        assert recipe.images is not None
+        return Reading(sequences=sequences, shares={recipe.images.source: 1.0}, skipped=before)
     return Reading(
-        sequences=training.batch_size * steps_of(stage, recipe),
+        sequences=sequences,
         shares=(stage.data or recipe.data).shares(recipe.data),
         skipped=before,
         pieces=recipe.training.sequence_length // training.sequence_length,

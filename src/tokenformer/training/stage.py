@@ -6,37 +6,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from torch.utils.data import Subset
+from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from .. import cost
-from ..batches import batches
 from ..checkpoints.checkpoint import save_checkpoint
 from ..checkpoints.files import clear_unfinished, disk_errors
 from ..checkpoints.lineage import Lineage
 from ..checkpoints.optimizer import OPTIMIZER_FILE, OptimizerState
 from ..checkpoints.verify import carry_files
-from ..data.order import cut
-from ..data.text import TextData
 from ..growth.architectures import group_names
 from ..growth.freeze import freeze_only
 from .log import Log, finite
+from .material import Material
 from .optimization import grow_with_states, make_optimizer
 from .partial import newest_whole, step_of, unfinished
 from .preparation import frozen_parts, processes, training_arguments
 from .settings import StageSettings
-from .watch import Watcher, results, validate
+from .watch import Watcher
 
 Start = Callable[[], tuple[PreTrainedModel, OptimizerState, Lineage]]
 
 
 def run_stage(
-    settings: StageSettings, start: Start, data: TextData, log: Log, target: Path, *, parent: str | Path | None = None
+    settings: StageSettings, start: Start, data: Material, log: Log, target: Path, *, parent: str | Path | None = None
 ) -> PreTrainedModel:
     """Train what `start` returns, write it to `target`, and return the model.
 
@@ -44,7 +40,7 @@ def run_stage(
         settings: how to grow and train.
         start: makes the model, the optimizer's states by parameter name, and the lineage; what it returns must be the
             same after an interruption.
-        data: text to train on and to validate on.
+        data: to train on and to validate on.
         log: of the run.
         target: the checkpoint; while it is unfinished, states to resume from lie beside it.
         parent: checkpoint that `start` reads, whose licence and other files go along.
@@ -77,7 +73,7 @@ def run_stage(
         data,
         log,
         before,
-        flops_per_step=settings.tokens_per_step * cost.training_flops_of(model, settings.training.sequence_length),
+        flops_per_step=data.per_step(settings.training) * data.flops(model, settings.training),
         seconds=max(logged.get("seconds", 0.0) if done else 0.0, before.training_seconds),
     )
     optimizer = make_optimizer(model, settings.training, states, apart=settings.rate_of_new is not None)
@@ -87,8 +83,9 @@ def run_stage(
     trainer = watcher.trainer = Trainer(
         model,
         arguments,
-        train_dataset=_blocks(settings, data),
-        data_collator=_collate,
+        train_dataset=data.examples(settings.reading, seed=settings.seed),
+        data_collator=data.collate,
+        compute_loss_func=data.loss,
         optimizers=(optimizer, schedule),
         callbacks=[watcher],
     )
@@ -97,7 +94,7 @@ def run_stage(
         watcher.emit("damaged", done, problem=problem)
     if growth and not done:
         watcher.emit("growth", 0, **growth)
-    reads = _reads(settings, data)
+    reads = data.reads(settings.reading)
     watcher.emit("stage", 0, steps=settings.steps, done=done, parameters=cost.parameters(model.config), reads=reads)
     with watcher.interruptible(), disk_errors(place):
         trainer.train(resume_from_checkpoint=str(state) if state else None)
@@ -106,7 +103,7 @@ def run_stage(
     names = {id(p): name for name, p in model.named_parameters()}
     states = {**states, **{names[id(p)]: dict(state) for p, state in optimizer.state.items()}}
     # None after resuming from the last step, which was evaluated before it was saved.
-    found = results(watcher.evaluation or validate(model, data, settings.training))
+    found = (watcher.evaluation or data.measure(model, settings.training)).results()
     lineage = lineage.then(
         "train",
         arguments=settings.arguments,
@@ -124,7 +121,7 @@ def run_stage(
             carry_files(parent, folder)
 
     if log.enabled:
-        save_checkpoint(target, model.to("cpu"), data.tokenizer, lineage, extra=add_files)
+        save_checkpoint(target, model.to("cpu"), data.processor, lineage, extra=add_files)
     processes().wait_for_everyone()
     watcher.emit("end", settings.steps, **found)
     return model
@@ -137,16 +134,16 @@ def _newest_whole(place: Path) -> tuple[Path | None, list[str]]:
 
 
 def _grow(
-    model: PreTrainedModel, states: OptimizerState, settings: StageSettings, data: TextData, *, measured: bool
+    model: PreTrainedModel, states: OptimizerState, settings: StageSettings, data: Material, *, measured: bool
 ) -> tuple[OptimizerState, dict[str, Any]]:
     """Grow, rename the optimizer's states along, and say what it did to the logits and, where asked, to the loss."""
-    before = validate(model.eval(), data, settings.training).loss if measured else None
-    sample = next(batches(next(iter(data.validation.values())).blocks, 4)).to(model.device)
+    before = data.measure(model.eval(), settings.training).loss if measured else None
+    sample = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in data.sample().items()}
     with torch.no_grad():
-        logits = model(sample, use_cache=False).logits
+        logits = model(**sample).logits
         states = grow_with_states(model, states, **settings.growth)
-        equal = torch.equal(model(sample, use_cache=False).logits, logits)
-    after = validate(model, data, settings.training).loss if measured else None
+        equal = torch.equal(model(**sample).logits, logits)
+    after = data.measure(model, settings.training).loss if measured else None
     return states, {
         "arguments": settings.growth,
         "token_groups": cost.group_tokens(model.config),
@@ -156,35 +153,7 @@ def _grow(
     }
 
 
-def _blocks(settings: StageSettings, data: TextData) -> datasets.IterableDataset | Subset[dict[str, Any]]:
-    """Take the stage's stretch of the one global order of text."""
-    reading = settings.reading
-    texts = {text: data.train_blocks[text] for text in reading.shares}
-    for text, blocks in texts.items():
-        if isinstance(blocks, datasets.IterableDataset):  # then it is the only one
-            return blocks.repeat(None).skip(reading.skipped.get(text, 0)).take(reading.sequences)
-    order = reading.order({text: len(blocks) for text, blocks in texts.items()}, seed=settings.seed)
-    parts = [cut(blocks, reading.pieces).with_format("numpy") for blocks in texts.values()]
-    return Subset(parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts), order.tolist())
-
-
-def _reads(settings: StageSettings, data: TextData) -> dict[str, dict[str, float]]:
-    """Say what share of the stage each text is, and how many times over it is read; of a stream nobody knows."""
-    reading, blocks = settings.reading, data.train_blocks
-    sizes = {text: len(blocks[text]) for text in reading.shares if isinstance(blocks[text], datasets.Dataset)}
-    passes = reading.passes(sizes) if sizes else {}
-    return {
-        text: {"share": share, **({"passes": passes[text]} if text in passes else {})}
-        for text, share in reading.shares.items()
-    }
-
-
 def _rate(settings: StageSettings, group: dict[str, Any]) -> Callable[[int], float]:
     """Return the learning rate of a group of the optimizer, which holds still after the last step."""
     rate = settings.rate_of_new if group["new"] and settings.rate_of_new else settings.rate
     return lambda step: rate(min(step, settings.steps - 1))
-
-
-def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    input_ids = torch.from_numpy(np.array([row["input_ids"] for row in rows], dtype=np.int64))
-    return {"input_ids": input_ids, "labels": input_ids}

@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..checkpoints.checkpoint import load_checkpoint
 from ..checkpoints.lineage import Lineage
 from ..checkpoints.optimizer import OptimizerState, load_states
-from ..data.text import TextData
 from ..errors import CheckpointError, DataError
+from ..growth.architectures import auto_class
 from ..quiet import without_bars
 from .lock import locked
 from .log import Log, OnEvent, read_log
+from .material import Material
 from .partial import unfinished
-from .preparation import begin_run, check_resumable, first_config, prepare_run, processes
+from .preparation import begin_run, check_resumable, prepare_run, processes
 from .recipe import Recipe, load_recipe, parse_recipe
 from .settings import stage_settings
 from .stage import run_stage
@@ -53,7 +54,7 @@ def train(
 
     Raises:
         RecipeError: the recipe makes no sense, or on resuming is not the one the run began with.
-        DataError, TokenizerError: from the text. GrowthError: from growing.
+        DataError, TokenizerError: from the data. GrowthError: from growing.
         CheckpointError: the folder exists, or another process trains in it, or it cannot be written.
         KeyboardInterrupt: after Ctrl-C, once the state is saved (a second Ctrl-C leaves at once).
     """
@@ -74,12 +75,12 @@ def train(
             begins = main_process and not resume
             data = begin_run(recipe, run, force=force) if begins else prepare_run(recipe, run)
         log = Log(run / "log.jsonl", on_event if main_process else lambda event: None, enabled=main_process)
-        _check_text(log, data)
+        _check_data(log, data)
         return _train_stages(recipe, run, data, log)
 
 
-def _check_text(log: Log, data: TextData) -> None:
-    """Log what the text is; DataError where the run began with another."""
+def _check_data(log: Log, data: Material) -> None:
+    """Log what the data is; DataError where the run began with another."""
     logged = read_log(log.path.parent) if log.path.exists() else []
     began = next((event for event in logged if event["event"] == "data"), None)
     if began is None:
@@ -88,10 +89,10 @@ def _check_text(log: Log, data: TextData) -> None:
     # An earlier version of this package told fewer facts.
     changed = [f"{k} {began[k]} → {v}" for k, v in data.facts.items() if began.get(k, v) != v]
     if changed:
-        raise DataError(f"the text is not what this run began with ({', '.join(changed)}); put it back, or start anew")
+        raise DataError(f"the data is not what this run began with ({', '.join(changed)}); put it back, or start anew")
 
 
-def _train_stages(recipe: Recipe, run: Path, data: TextData, log: Log) -> list[Path]:
+def _train_stages(recipe: Recipe, run: Path, data: Material, log: Log) -> list[Path]:
     """Train what is not there yet, and return the checkpoints of all stages."""
     checkpoints: list[Path] = []
     for index in range(len(recipe.stages)):
@@ -108,16 +109,13 @@ def _train_stages(recipe: Recipe, run: Path, data: TextData, log: Log) -> list[P
 
 
 def _start(
-    recipe: Recipe, seed: int, data: TextData, previous: str | Path | None
+    recipe: Recipe, seed: int, data: Material, previous: str | Path | None
 ) -> tuple[PreTrainedModel, OptimizerState, Lineage]:
     """Build what a stage starts from, out of files and seeds alone."""
     torch.manual_seed(seed)
     if previous is None:
-        config = first_config(recipe.model, data, context=recipe.training.sequence_length, where="model")
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), {}, Lineage()
+        config = data.config(recipe)
+        return auto_class(config).from_config(config, dtype=torch.float32), {}, Lineage()
     model, _, lineage = load_checkpoint(previous, dtype=torch.float32)
-    if model.config.model_type == "tokenformer":
-        model.config.max_position_embeddings = max(
-            model.config.max_position_embeddings, recipe.training.sequence_length
-        )
+    data.adapt(model.config, recipe)
     return model, load_states(previous), lineage

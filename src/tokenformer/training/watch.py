@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import random
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +15,12 @@ from accelerate.utils import reduce
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..checkpoints.lineage import Event
-from ..data.text import TextData
-from ..evaluation import Evaluation, evaluate
 from ..models.pattention import Pattention
 from .log import Log, finite
+from .material import Material, Measured
 from .partial import mark_complete
-from .preparation import processes, use_bfloat16
-from .recipe import TrainingSection
+from .preparation import processes
 from .settings import StageSettings
-
-
-@dataclass(frozen=True)
-class Validation(Evaluation):
-    """What validation measured on all held-out text together.
-
-    Attributes:
-        texts: on that of each text, by its name.
-    """
-
-    texts: dict[str, Evaluation]
-
-
-def validate(model: PreTrainedModel, data: TextData, training: TrainingSection) -> Validation:
-    """Measure a model on the held-out text, as precisely as it trains."""
-    texts = {
-        name: evaluate(
-            model,
-            held.blocks,
-            num_bytes=held.num_bytes,
-            batch_size=training.micro_batch_size or 16,
-            dtype=torch.bfloat16 if use_bfloat16(training.precision) else None,
-        )
-        for name, held in data.validation.items()
-    }
-    if len(texts) == 1:
-        (only,) = texts.values()
-        return Validation(only.loss, only.bits_per_byte, only.text_tokens, texts)
-    count = sum(found.text_tokens for found in texts.values())
-    loss = sum(found.loss * found.text_tokens for found in texts.values()) / count
-    num_bytes = sum(held.num_bytes for held in data.validation.values())
-    return Validation(loss, loss * count / math.log(2) / num_bytes, count, texts)
 
 
 class Watcher(TrainerCallback):
@@ -80,7 +44,7 @@ class Watcher(TrainerCallback):
         self,
         settings: StageSettings,
         model: PreTrainedModel,
-        data: TextData,
+        data: Material,
         log: Log,
         before: Event,
         *,
@@ -91,7 +55,7 @@ class Watcher(TrainerCallback):
         self.flops_per_step = flops_per_step
         evaluations = settings.training.evaluations_per_stage
         self.evaluation_steps = {round(settings.steps / evaluations * (i + 1)) for i in range(evaluations)}
-        self.evaluation: Validation | None = None
+        self.evaluation: Measured | None = None
         self.interrupted = self.diverged = False
         self._seconds = seconds
         self._began: float | None = None
@@ -103,8 +67,9 @@ class Watcher(TrainerCallback):
 
     def totals(self, step: int) -> dict[str, Any]:
         """Return what training has cost by the end of a step."""
+        seen = f"{self.data.unit}_seen"
         return {
-            "text_tokens_seen": self.before.text_tokens_seen + step * self.settings.tokens_per_step,
+            seen: getattr(self.before, seen) + step * self.data.per_step(self.settings.training),
             "training_flops": self.before.training_flops + step * self.flops_per_step,
         }
 
@@ -145,11 +110,11 @@ class Watcher(TrainerCallback):
         self.emit("progress", state.global_step)
         if state.global_step in self.evaluation_steps:
             started = time.perf_counter()
-            self.evaluation = validate(self.model, self.data, self.settings.training)
+            self.evaluation = self.data.measure(self.model, self.settings.training)
             assert self._began is not None
             self._began += time.perf_counter() - started
             due = control.should_log  # logging the validation would take the training loss's turn
-            self.trainer.log({f"eval_{name}": value for name, value in _flat(self.evaluation).items()})
+            self.trainer.log({f"eval_{name}": value for name, value in self.evaluation.numbers().items()})
             control.should_log = due
         if self._any_interrupted():
             control.should_save = control.should_training_stop = True
@@ -164,7 +129,7 @@ class Watcher(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "eval_loss" in logs and self.evaluation is not None:
             rate = self.settings.rate(state.global_step - 1)
-            self.emit("evaluation", state.global_step, **results(self.evaluation), learning_rate=rate)
+            self.emit("evaluation", state.global_step, **self.evaluation.results(), learning_rate=rate)
         elif "loss" in logs:
             facts = {name: finite(float(logs[name])) for name in ("loss", "learning_rate", "grad_norm") if name in logs}
             self.emit("train", state.global_step, **facts)
@@ -191,20 +156,3 @@ class Watcher(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGINT, old)
-
-
-def results(validation: Validation) -> dict[str, Any]:
-    """Say of a validation what events and lineage say."""
-    each = {name: finite(found.bits_per_byte) for name, found in validation.texts.items()}
-    return {
-        "loss": finite(validation.loss),
-        "bits_per_byte": finite(validation.bits_per_byte),
-        **({"bits_per_byte_of": each} if len(each) > 1 else {}),
-    }
-
-
-def _flat(validation: Validation) -> dict[str, float]:
-    """Say of a validation what loggers take: numbers by name."""
-    each = {f"bits_per_byte_of_{name}": found.bits_per_byte for name, found in validation.texts.items()}
-    both = {"loss": validation.loss, "bits_per_byte": validation.bits_per_byte}
-    return {**both, **(each if len(each) > 1 else {})}
