@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -212,8 +213,9 @@ class Knowledge:
     transfers: tuple[Transfer, ...]
 
     def json(self) -> str:
-        """Write it as JSON; six digits of each number are kept."""
-        return json.dumps(_rounded(dataclasses.asdict(self)), indent=1) + "\n"
+        """Write it as JSON, a line for each field or refit; six digits of each number are kept."""
+        text = json.dumps(_rounded(dataclasses.asdict(self)), indent=1)
+        return re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
     @classmethod
     def read(cls, path: Path | None = None) -> Knowledge:
