@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from zoo import IDS, outputs
 
@@ -139,6 +140,20 @@ def test_only_the_group_trains_and_the_parent_comes_back():
     assert all(p.requires_grad for p in model.parameters())
     drop(model, ["new"])
     assert torch.equal(outputs(model), before)
+
+
+# peft 0.21 still asks transformers 5.23 for the old name of activation checkpointing.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_flops_are_those_of_two_products_as_loras():
+    x, flops = torch.randn(4, 6, requires_grad=True), []
+    plain, tokens, lora = nn.Sequential(nn.Linear(6, 8)), nn.Sequential(nn.Linear(6, 8)), nn.Sequential(nn.Linear(6, 8))
+    grow(tokens, at="0", tokens=3, name="new")
+    freeze(tokens, all_but=["new"])
+    for model in (plain.requires_grad_(False), tokens, get_peft_model(lora, LoraConfig(target_modules=["0"], r=3))):
+        with FlopCounterMode(display=False) as counted:
+            model(x).sum().backward()
+        flops.append(counted.get_total_flops())
+    assert flops[1] - flops[0] == flops[2] - flops[0] == 3 * 2 * 4 * 3 * (6 + 8)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
