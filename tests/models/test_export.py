@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny, tokens
+from tiny_models import FAMILIES, images, tiny, tiny_vision, tokens
 
 from tokenformer import Pattention
 
@@ -20,6 +20,14 @@ def test_torch_export_gives_the_same_logits_at_other_shapes(family, strict):
     program = torch.export.export(model, (tokens(2, 7),), {"use_cache": False}, dynamic_shapes=shapes, strict=strict)
     ids = tokens(3, 13)
     torch.testing.assert_close(program.module()(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
+def test_torch_export_gives_the_same_labels_of_other_batches(pooling):
+    model = tiny_vision(pooling=pooling)
+    program = torch.export.export(model, (images(2),), dynamic_shapes={"pixel_values": {0: DYNAMIC}})
+    torch.testing.assert_close(program.module()(images(5)).logits, model(images(5)).logits)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

@@ -19,7 +19,7 @@ from tokenformer.checkpoints.checkpoint import load_checkpoint, load_image_proce
 from tokenformer.checkpoints.verify import verify_checkpoint
 from tokenformer.cli.app import app
 from tokenformer.data.images import images_of
-from tokenformer.errors import CheckpointError, DataError, EvaluationError, RecipeError
+from tokenformer.errors import CheckpointError, DataError, EvaluationError, RecipeError, TokenizerError
 from tokenformer.evaluation import evaluate_images
 from tokenformer.growth.freeze import freeze_only
 from tokenformer.training.images import prepare_pictures
@@ -250,6 +250,12 @@ def test_a_checkpoint_is_evaluated_on_the_part_that_nobody_saw(finished, source)
     assert backwards.images == 60 and backwards.accuracy < 0.1, "labels are matched by name"
     with pytest.raises(EvaluationError, match=r"tells upper left, .* apart, and .* has images of a, b"):
         evaluate_images(model, processor, source, labels=["a", "b", "lower left", "lower right"])
+
+
+@pytest.mark.parametrize("command", [["generate"], ["evaluate", "--text", "x"], ["inspect", "--text", "x"]])
+def test_commands_for_text_say_that_a_model_reads_images(command, finished):
+    with pytest.raises(TokenizerError, match="stage3 reads images, and text was given"):
+        run(command[0], finished[1][-1], *command[1:])
 
 
 def test_inspect_and_the_closing_table_speak_of_images(finished):

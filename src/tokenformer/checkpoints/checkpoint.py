@@ -252,6 +252,21 @@ def load_tokenizer(path: str | Path, config: PreTrainedConfig) -> PreTrainedToke
     return tokenizer
 
 
+def need_tokenizer(
+    path: str | Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that was loaded with a checkpoint.
+
+    Raises:
+        TokenizerError: there is none, because the model reads images or because it was not kept.
+    """
+    if tokenizer is not None:
+        return tokenizer
+    if architecture_of(config).auto == "AutoModelForImageClassification":
+        raise TokenizerError(f"checkpoint {path} reads images, and text was given; take one that reads text")
+    raise TokenizerError(f"checkpoint {path} has no tokenizer; save the one it was trained with beside it")
+
+
 def load_image_processor(path: str | Path) -> BaseImageProcessor | None:
     """Read the image processor kept with a checkpoint, by Pillow; None where there is none.
 

@@ -106,14 +106,13 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from ..checkpoints.checkpoint import load_checkpoint
+    from ..checkpoints.checkpoint import load_checkpoint, need_tokenizer
     from ..errors import TokenizerError
 
     model, tokenizer, lineage = load_checkpoint(checkpoint, keep=keep)
     note_order(lineage, keep)
     model.to(torch.accelerator.current_accelerator() or "cpu")
-    if tokenizer is None:
-        raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")
+    tokenizer = need_tokenizer(checkpoint, model.config, tokenizer)
     if seed is not None:
         torch.manual_seed(seed)
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -162,8 +161,8 @@ def evaluate(
     """Measure bits per byte on any text, run lm-eval's tasks, or count the labels found of images."""
     import torch
 
-    from ..checkpoints.checkpoint import load_checkpoint
-    from ..errors import EvaluationError, TokenizerError
+    from ..checkpoints.checkpoint import load_checkpoint, need_tokenizer
+    from ..errors import EvaluationError
     from ..evaluation import default_block_length, evaluate_tasks, evaluate_text
     from ..sections import parse_sections
     from ..training.recipe import TrainingSection
@@ -176,8 +175,7 @@ def evaluate(
     if images:
         _evaluate_images(checkpoint, model, images, split, batch_size=batch_size, as_json=as_json)
         return
-    if tokenizer is None:
-        raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")
+    tokenizer = need_tokenizer(checkpoint, model.config, tokenizer)
     model.to(torch.accelerator.current_accelerator() or "cpu")
     length, texts, measured = 0, [], {}
     if text:

@@ -341,13 +341,11 @@ def judged(checkpoint: Path) -> tuple[Any, Any, Callable[[str], Any]]:
     """Load a checkpoint's model and tokenizer, and give a function that reads text for them."""
     import torch
 
-    from ..checkpoints.checkpoint import load_checkpoint
+    from ..checkpoints.checkpoint import load_checkpoint, need_tokenizer
     from ..data.blocks import text_blocks
-    from ..errors import TokenizerError
 
     model, tokenizer, _ = load_checkpoint(checkpoint)
-    if tokenizer is None:
-        raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")
+    tokenizer = need_tokenizer(checkpoint, model.config, tokenizer)
     model.to(torch.accelerator.current_accelerator() or "cpu")
     length = min(model.config.max_position_embeddings, 512)
     return model, tokenizer, lambda source: text_blocks(source, tokenizer, block_length=length)

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from datasets.fingerprint import Hasher
 
-from ..checkpoints.checkpoint import load_checkpoint, load_tokenizer, read_config
+from ..checkpoints.checkpoint import load_checkpoint, load_tokenizer, need_tokenizer, read_config
 from ..checkpoints.verify import verify_checkpoint
 from ..data.cache import cached
 from ..data.sources import grouped
-from ..errors import TokenizerError
 from ..evaluation import default_block_length, evaluate
 
 _FEATURES = datasets.Features({"bits_per_byte": datasets.Value("float64")})
@@ -31,8 +30,8 @@ def difficulty(checkpoint: str, documents: datasets.Dataset) -> np.ndarray:
     Raises:
         CheckpointError: there is none, or it is damaged. TokenizerError: it has no tokenizer.
     """
-    if load_tokenizer(checkpoint, read_config(checkpoint)) is None:
-        raise TokenizerError(f"checkpoint {checkpoint} has no tokenizer; save the one it was trained with beside it")
+    config = read_config(checkpoint)
+    need_tokenizer(checkpoint, config, load_tokenizer(checkpoint, config))
     key = Hasher.hash([verify_checkpoint(checkpoint).weights_sha256, documents._fingerprint, 1])
     rows = cached(lambda: _judged(checkpoint, documents), _FEATURES, key=key)
     return np.array(rows["bits_per_byte"][:])
