@@ -1,9 +1,13 @@
 """Text tokens: as the tokenizer gives them, the same for any number of processes, and none of them made twice."""
 
 import os
+import re
+import resource
 import signal
+import sys
 import time
 from multiprocessing import get_context
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -11,11 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenformer.data import tokens
+from tokenformer.data import sources, tokens
 from tokenformer.data.blocks import pack
+from tokenformer.data.cache import cached
 from tokenformer.data.order import cut
+from tokenformer.data.sources import ranges
+from tokenformer.data.text import _hashes, _without, hold_out, text_sha256
 from tokenformer.data.tokenizer import make_tokenizer
-from tokenformer.data.tokens import ranges, text_tokens, token_type
+from tokenformer.data.tokens import text_tokens, token_type
 from tokenformer.errors import DataError
 
 TEXTS = [f"document {i} says é " * (i * 7 % 11) for i in range(60)]
@@ -41,7 +48,7 @@ def documents():
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(tokens, "SHARD_BYTES", 700)
-    monkeypatch.setattr(tokens, "BATCH_BYTES", 300)
+    monkeypatch.setattr(sources, "BATCH_BYTES", 300)
 
 
 def wanted(tokenizer, texts=TEXTS):
@@ -145,6 +152,43 @@ def _make_or_kill(file, rows):
 def _make_and_tell(file, rows):
     _make(file, rows)
     _note("made", file.name)
+
+
+def test_a_text_larger_than_memory_is_held_out_and_identified(tokenizer, cache):
+    """160 MB of text and room for 64: what reads it all at once fails, and what prepare does with it does not."""
+    megabyte = "the cat and the hat " * 50_000
+    features = datasets.Features({"text": datasets.Value("string")})
+    large = cached(lambda: ({"text": [f"{i} {megabyte}"]} for i in range(160)), features, key="planted")
+
+    def prepared():
+        train, held = hold_out(large, fraction=0.05, max_bytes=None)
+        assert len(train) + len(held) == 160 and len(held) == 7
+        assert len(_without(large, set(_hashes(held).tolist()))) == len(train)
+        assert len(text_sha256(train, held)) == 64
+
+    assert _in_little_memory(prepared) == 0
+    assert _in_little_memory(lambda: list(large["text"])) == OUT_OF_MEMORY
+
+
+OUT_OF_MEMORY = 3
+
+
+def _in_little_memory(work):
+    """The exit code of a process that works with 64 MB more than what this one has."""
+
+    def run():
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        used = 1024 * int(re.search(r"VmData:\s*(\d+) kB", status)[1])
+        resource.setrlimit(resource.RLIMIT_DATA, (used + 2**26, used + 2**26))
+        try:
+            work()
+        except MemoryError:
+            sys.exit(OUT_OF_MEMORY)
+
+    process = get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    return process.exitcode
 
 
 def _die(file, rows):

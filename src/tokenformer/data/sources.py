@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import importlib.util
+import itertools
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ from .cache import cached
 from .files import TEXT_SUFFIXES, is_text, kind_of, no_column, read_texts
 
 Documents: TypeAlias = datasets.Dataset | datasets.IterableDataset
+BATCH_BYTES = 2**20  # of text held at a time; a tokenizer takes some 60 bytes of memory for each
 _TEXT = datasets.Features({"text": datasets.Value("string")})
 _TABLES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv")
 
@@ -58,31 +60,50 @@ def load_documents(
     except OSError as error:  # else it would be taken for one of writing the run, during which text is read
         raise DataError(f"data.source {source!r} cannot be read: {error.strerror or error}") from error
     documents = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-    if isinstance(documents, datasets.Dataset) and not any(text.strip() for text in documents["text"]):
+    if isinstance(documents, datasets.Dataset) and not any(text.strip() for text in texts_of(documents)):
         raise DataError(f"data.source {source!r} has {counted(len(documents), 'document')}, and no text in any")
     return documents
 
 
 def texts_of(documents: Documents) -> Iterator[str]:
-    """Yield the text of each document that has any, in batches underneath."""
-    for batch in documents.iter(batch_size=64):
-        yield from filter(None, batch["text"])
+    """Yield the text of each document that has any."""
+    for texts in text_batches(documents):
+        yield from filter(None, texts)
+
+
+def text_batches(documents: Documents) -> Iterator[list[str]]:
+    """Yield the texts of all documents, about 1 MiB at a time and no more than a thousand."""
+    if isinstance(documents, datasets.IterableDataset):
+        yield from grouped(row["text"] for row in documents)
+        return
+    for rows in ranges(text_sizes(documents) + BATCH_BYTES // 1000, BATCH_BYTES):
+        yield documents[rows.start : rows.stop]["text"]
 
 
 def text_sizes(documents: datasets.Dataset) -> np.ndarray:
     """Return the UTF-8 bytes of each document, int64 `[documents]`, without reading any of them."""
+    if not len(documents):
+        return np.zeros(0, dtype=np.int64)  # the column may have no type
     sizes = pyarrow.compute.binary_length(documents.data.column("text")).to_numpy().astype(np.int64)
     chosen = documents._indices
     return sizes if chosen is None else sizes[chosen.column(0).to_numpy()]
 
 
-def grouped(texts: Iterable[str], *, characters: int = 2**20, count: int = 1000) -> Iterator[list[str]]:
-    """Yield texts in groups of about so many characters, and so many texts at most: all that memory need hold."""
+def ranges(sizes: np.ndarray, size: int) -> list[range]:
+    """Return the neighbouring rows that make up about `size` each; a larger row is one by itself or ends its range."""
+    ends = np.cumsum(sizes)
+    numbers = (ends - sizes) // size
+    bounds = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(sizes)]
+    return [range(a, b) for a, b in itertools.pairwise(bounds) if a < b]
+
+
+def grouped(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield texts in groups of about a million characters, and a thousand texts at most: all that memory need hold."""
     group, held = list[str](), 0
     for text in texts:
         group.append(text)
         held += len(text)
-        if held >= characters or len(group) == count:
+        if held >= BATCH_BYTES or len(group) == 1000:
             yield group
             group, held = [], 0
     if group:

@@ -17,7 +17,7 @@ from ..errors import DataError
 from ..units import counted
 from .blocks import pack, utf8_bytes
 from .section import DataSection, TextSection, Use, texts_in
-from .sources import Documents, load_documents, texts_of
+from .sources import Documents, load_documents, text_batches, text_sizes, texts_of
 from .tokenizer import make_tokenizer, vocabulary_size
 
 # How hard each document is for a checkpoint, whatever the unit.
@@ -41,8 +41,7 @@ def hold_out(documents: Documents, *, fraction: float, max_bytes: int | None) ->
             raise DataError("no document of the stream was held out; raise data.validation_fraction")
         train = documents.filter(_is_training, fn_kwargs={"fraction": fraction})
         return train, datasets.Dataset.from_dict({"text": held})
-    hashes = np.array([_hash(text) for text in documents["text"]])
-    sizes = np.array([len(text.encode()) for text in documents["text"]])
+    hashes, sizes = _hashes(documents), text_sizes(documents)
     distinct, inverse = np.unique(hashes[sizes > 0], return_inverse=True)
     if len(distinct) < 2:
         raise DataError(
@@ -121,7 +120,7 @@ def prepare(
     rows = {use.name: _load(use, section) for use in uses.values()}
     parts = {use.name: _parts(rows[use.name], use, section) for use in uses.values()}
     if len(parts) > 1:
-        held = {_hash(text) for _, validation in parts.values() for text in validation["text"]}
+        held = {number for _, validation in parts.values() for number in _hashes(validation).tolist()}
         parts = {name: (_without(train, held), validation) for name, (train, validation) in parts.items()}
     train = {key: _share(parts[use.name][0], use, difficulty) for key, use in uses.items()}
     name = section.tokenizer if tokenizer is None else "the checkpoint's own"
@@ -157,8 +156,8 @@ def _parts(documents: Documents, use: Use, section: DataSection) -> tuple[Docume
     if section.validation_source is None or use not in section.uses(section):
         return hold_out(documents, fraction=section.validation_fraction, max_bytes=section.validation_bytes)
     validation = load_documents(section.validation_source, text_column=use.text_column, split=section.validation_split)
-    train = _without(documents, {_hash(text) for text in validation["text"]})
-    sizes = np.array([len(text.encode()) for text in validation["text"]])
+    train = _without(documents, set(_hashes(validation).tolist()))
+    sizes = text_sizes(validation)
     with_text = np.flatnonzero(sizes)
     if section.validation_bytes is not None:
         ends = np.cumsum(sizes[with_text])
@@ -170,7 +169,7 @@ def _without(train: Documents, held: set[float]) -> Documents:
     """Take every text that is held out anywhere out of training documents."""
     if isinstance(train, datasets.IterableDataset):
         return train.filter(_is_another, fn_kwargs={"held": held})
-    train = train.select([i for i, text in enumerate(train["text"]) if text and _hash(text) not in held])
+    train = train.select(np.flatnonzero((text_sizes(train) > 0) & ~np.isin(_hashes(train), list(held))))
     if not len(train):
         raise DataError(
             "every document of data.source is held out by data.validation_source, or by another text: name others"
@@ -183,7 +182,7 @@ def _share(train: Documents, use: Use, difficulty: Difficulty | None) -> Documen
     if use.span == (0, 1) or isinstance(train, datasets.IterableDataset):
         return train
     if use.sorted_by is None:
-        ranks = np.array([_hash(f"share {text}") for text in train["text"]])  # the hash itself tells what is held out
+        ranks = _hashes(train, "share ")  # the hash of the text alone tells what is held out
     else:
         assert difficulty is not None
         ranks = difficulty(use.sorted_by, train)
@@ -203,7 +202,7 @@ def _facts(use: Use, documents: Documents, train: Documents, blocks: Documents) 
     """Say of a text what logs and lineage say; of a stream only where it comes from."""
     facts: dict[str, Any] = {"source": use.source[0] if len(use.source) == 1 else list(use.source)}
     if isinstance(documents, datasets.Dataset):
-        facts["rows_without_text"] = sum(not text for text in documents["text"])
+        facts["rows_without_text"] = int((text_sizes(documents) == 0).sum())
         facts["training_documents"] = len(train)
         facts["training_text_tokens"] = len(blocks) * (len(blocks[0]["input_ids"]) - 1)
     return facts
@@ -226,6 +225,12 @@ def text_sha256(*parts: Documents) -> str:
 def _hash(text: str) -> float:
     """Return a number in [0, 1), or 1 for an empty text, which is never held out: there is nothing to measure in it."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 if text else 1.0
+
+
+def _hashes(documents: datasets.Dataset, prefix: str = "") -> np.ndarray:
+    """Return the hash of each document, behind a prefix. float64 `[documents]`."""
+    texts = itertools.chain.from_iterable(text_batches(documents))
+    return np.fromiter((_hash(prefix + text) for text in texts), dtype=np.float64, count=len(documents))
 
 
 def _is_training(row: dict[str, str], fraction: float) -> bool:

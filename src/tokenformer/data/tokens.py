@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import os
 import signal
 import sys
@@ -21,11 +20,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
-from .sources import Documents, grouped, text_sizes, texts_of
+from .sources import Documents, ranges, text_batches, text_sizes
 from .tokenizer import vocabulary_size
 
 SHARD_BYTES = 2**23  # some seconds of a core: what a kill costs, and what an interruption waits for
-BATCH_BYTES = 2**20  # the tokenizer takes some 60 bytes of memory for each
 Encode = Callable[[list[str]], np.ndarray]
 
 
@@ -49,13 +47,10 @@ def text_tokens(
     Raises:
         DataError: one of the processes was killed.
     """
-    if isinstance(documents, datasets.IterableDataset):
-        yield from map(_encoder(tokenizer), grouped(texts_of(documents), characters=BATCH_BYTES))
-        return
-    sizes = text_sizes(documents)
-    parts = ranges(sizes, SHARD_BYTES)
+    streamed = isinstance(documents, datasets.IterableDataset)
+    parts = [] if streamed else ranges(text_sizes(documents), SHARD_BYTES)
     if len(parts) <= 2:
-        yield from _encoded(documents, sizes, _encoder(tokenizer))
+        yield from _encoded(documents, _encoder(tokenizer))
         return
     shards.mkdir(parents=True, exist_ok=True)
     files = {shards / f"{i:06}.npy": part for i, part in enumerate(parts)}
@@ -80,14 +75,6 @@ def text_tokens(
         pool.shutdown(cancel_futures=True)
 
 
-def ranges(sizes: np.ndarray, size: int) -> list[range]:
-    """Return the neighbouring rows that make up about `size` each; a larger row is one by itself or ends its range."""
-    ends = np.cumsum(sizes)
-    numbers = (ends - sizes) // size
-    bounds = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(sizes)]
-    return [range(a, b) for a, b in itertools.pairwise(bounds) if a < b]
-
-
 def _encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     """Return what turns texts into text tokens, as calling the tokenizer does, but without what nobody needs here."""
     kind, end = token_type(tokenizer), tokenizer.eos_token_id
@@ -107,10 +94,9 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     return encode
 
 
-def _encoded(documents: datasets.Dataset, sizes: np.ndarray, encode: Encode) -> Iterator[np.ndarray]:
-    for rows in ranges(sizes, BATCH_BYTES):
-        texts = [text for text in documents[rows.start : rows.stop]["text"] if text]
-        if texts:
+def _encoded(documents: Documents, encode: Encode) -> Iterator[np.ndarray]:
+    for batch in text_batches(documents):
+        if texts := list(filter(None, batch)):
             yield encode(texts)
 
 
@@ -136,8 +122,7 @@ def _end_with(parent: int) -> None:
 def _make(file: Path, rows: range) -> None:
     """Write the text tokens of a shard whole or not at all."""
     documents, encode = _work
-    shard = documents.select(rows)
-    arrays = list(_encoded(shard, text_sizes(shard), encode))
+    arrays = list(_encoded(documents.select(rows), encode))
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "wb") as stream:
         np.save(stream, np.concatenate(arrays) if arrays else np.empty(0, np.uint8))
