@@ -79,6 +79,7 @@ benchmark: install
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/rewrite.py
+	$(BIN)/python benchmarks/text.py
 	$(BIN)/python benchmarks/readme.py
 
 # The comparisons of docs/compare.md; hours, resumable. Needs npm. The quick one takes ten minutes.

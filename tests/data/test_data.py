@@ -308,7 +308,7 @@ def test_blocks_are_cached_by_text_and_tokenizer(tokenizers, cache, monkeypatch)
     assert all(file["filename"].startswith(str(cache / "tokenformer")) for file in first.cache_files)
     assert pack(of("one text", "Another"), tokenizers[0], block_length=4)[:] != first[:]
     assert pack(of("one text", "another"), tokenizers[1], block_length=4)[:] != first[:]
-    monkeypatch.setattr("tokenformer.data.blocks.text_tokens", lambda *_, **__: pytest.fail("tokenised again"))
+    monkeypatch.setattr("tokenformer.data.blocks.tokenised", lambda *_, **__: pytest.fail("tokenised again"))
     assert pack(of("one text", "another"), tokenizers[0], block_length=4)[:] == first[:]
 
 
@@ -355,7 +355,7 @@ import json, sys, pathlib
 import tokenformer.data.blocks
 from tokenformer.data.section import DataSection
 from tokenformer.data.text import prepare
-tokenformer.data.blocks.text_tokens = lambda *_, **__: sys.exit("tokenised again")
+tokenformer.data.blocks.tokenised = lambda *_, **__: sys.exit("tokenised again")
 section = DataSection(source=sys.argv[1], tokenizer="bpe:300", validation_fraction=0.2)
 text = prepare(section, sequence_length=16, tokenizer_folder=pathlib.Path(sys.argv[2]))
 (train,), (held,) = text.train_blocks.values(), text.validation.values()

@@ -22,7 +22,7 @@ from tokenformer.data.order import cut
 from tokenformer.data.sources import ranges
 from tokenformer.data.text import _hashes, _without, hold_out, text_sha256
 from tokenformer.data.tokenizer import make_tokenizer
-from tokenformer.data.tokens import text_tokens, token_type
+from tokenformer.data.tokens import token_type, tokenised
 from tokenformer.errors import DataError
 
 TEXTS = [f"document {i} says é " * (i * 7 % 11) for i in range(60)]
@@ -48,6 +48,7 @@ def documents():
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(tokens, "SHARD_BYTES", 700)
+    monkeypatch.setattr(tokens, "FEW_SHARDS", 2)
     monkeypatch.setattr(sources, "BATCH_BYTES", 300)
 
 
@@ -63,10 +64,10 @@ def test_ranges_hold_every_row_once_and_not_much_more_than_their_size(sizes, siz
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
-def test_any_number_of_processes_gives_the_same_text_tokens(documents, tokenizer, tmp_path, small_shards, workers):
+def test_any_number_of_processes_gives_the_same_tokenised(documents, tokenizer, tmp_path, small_shards, workers):
     chosen = documents.select([*range(59, 0, -2), *range(0, 60, 2)])
     for rows in (documents, chosen):
-        found = list(text_tokens(rows, tokenizer, shards=tmp_path / rows._fingerprint, workers=workers))
+        found = list(tokenised(rows, tokenizer, shards=tmp_path / rows._fingerprint, workers=workers))
         assert len(found) > 5 and {ids.dtype for ids in found} == {np.dtype(np.uint16)}
         assert np.concatenate(found).tolist() == wanted(tokenizer, rows["text"])
 
@@ -82,7 +83,7 @@ def test_truncation_and_padding_of_a_tokenizer_do_not_reach_text(documents, toke
     want = wanted(tokenizer)
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=100)
-    assert np.concatenate(list(text_tokens(documents, tokenizer, shards=tmp_path))).tolist() == want
+    assert np.concatenate(list(tokenised(documents, tokenizer, shards=tmp_path))).tolist() == want
 
 
 @pytest.mark.parametrize(("largest", "kind"), [(255, "uint8"), (256, "uint16"), (65_535, "uint16"), (65_536, "uint32")])

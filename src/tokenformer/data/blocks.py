@@ -20,7 +20,7 @@ from ..errors import DataError
 from ..quiet import without_bars
 from .cache import cache_folder, cached
 from .sources import Documents, load_documents, text_sizes
-from .tokens import text_tokens, token_type
+from .tokens import token_type, tokenised
 
 
 def pack(
@@ -110,7 +110,7 @@ def _cut(
     """Yield text blocks, some at a time `[blocks, length]`; a tail, which may be shorter, comes alone and last."""
     rest = np.array([tokenizer.eos_token_id], dtype=token_type(tokenizer))
     made = 0
-    for ids in text_tokens(documents, tokenizer, shards=shards):
+    for ids in tokenised(documents, tokenizer, shards=shards):
         stream = np.concatenate([rest, ids])
         count = (len(stream) - 1) // (length - 1)
         if count:

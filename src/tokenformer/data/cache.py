@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import pyarrow
@@ -48,16 +49,24 @@ def cache_folder() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "tokenformer"
 
 
-def _write(file: Path, columns: Iterable[Mapping[str, Any]], schema: pyarrow.Schema) -> None:
-    """Write a file whole or not at all; a killed process leaves a temporary one, which the next replaces."""
+@contextmanager
+def written_whole(file: Path) -> Iterator[BinaryIO]:
+    """Give a temporary file, to be written, that becomes `file` when the block ends well.
+
+    One process writes a file at a time; what a killed one leaves is replaced.
+    """
     temporary = file.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as stream:
-            with pyarrow.ipc.new_stream(stream, schema) as writer:
-                for some in columns:
-                    writer.write_batch(pyarrow.RecordBatch.from_pydict(some, schema=schema))
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write(file: Path, columns: Iterable[Mapping[str, Any]], schema: pyarrow.Schema) -> None:
+    with written_whole(file) as stream, pyarrow.ipc.new_stream(stream, schema) as writer:
+        for some in columns:
+            writer.write_batch(pyarrow.RecordBatch.from_pydict(some, schema=schema))

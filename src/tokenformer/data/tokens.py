@@ -20,10 +20,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
+from .cache import written_whole
 from .sources import Documents, ranges, text_batches, text_sizes
 from .tokenizer import vocabulary_size
 
-SHARD_BYTES = 2**23  # some seconds of a core: what a kill costs, and what an interruption waits for
+SHARD_BYTES = 2**21  # about a second of a core: what a kill costs, and what an interruption waits for
+FEW_SHARDS = 8  # up to which starting processes does not pay
 Encode = Callable[[list[str]], np.ndarray]
 
 
@@ -32,7 +34,7 @@ def token_type(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
     return np.min_scalar_type(vocabulary_size(tokenizer) - 1)
 
 
-def text_tokens(
+def tokenised(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, *, shards: Path, workers: int | None = None
 ) -> Iterator[np.ndarray]:
     """Yield the text tokens of documents in order, an end of text after each, as `token_type`; empty ones have none.
@@ -40,7 +42,7 @@ def text_tokens(
     Args:
         documents: rows of {"text"}.
         tokenizer: any with an end-of-text token.
-        shards: folder for the text tokens of large texts, a file for every 8 MiB of text. What is finished there is not
+        shards: folder for the text tokens of large texts, a file for every 2 MiB of text. What is finished there is not
             made again; whoever has kept the text tokens elsewhere removes it.
         workers: processes for large texts; default: one for every core. What is yielded does not depend on it.
 
@@ -49,7 +51,7 @@ def text_tokens(
     """
     streamed = isinstance(documents, datasets.IterableDataset)
     parts = [] if streamed else ranges(text_sizes(documents), SHARD_BYTES)
-    if len(parts) <= 2:
+    if len(parts) <= FEW_SHARDS:
         yield from _encoded(documents, _encoder(tokenizer))
         return
     shards.mkdir(parents=True, exist_ok=True)
@@ -120,13 +122,11 @@ def _end_with(parent: int) -> None:
 
 
 def _make(file: Path, rows: range) -> None:
-    """Write the text tokens of a shard whole or not at all."""
+    """Write the text tokens of a shard."""
     documents, encode = _work
     arrays = list(_encoded(documents.select(rows), encode))
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "wb") as stream:
+    with written_whole(file) as stream:
         np.save(stream, np.concatenate(arrays) if arrays else np.empty(0, np.uint8))
-    temporary.replace(file)
 
 
 def _cores() -> int:
