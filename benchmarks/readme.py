@@ -178,6 +178,27 @@ def rewriting() -> str:
     return "\n".join(rows)
 
 
+def preparing() -> str:
+    """Return what preparing text takes: speed beside the tokenizer's, and memory."""
+    newest = {tuple(line["case"].items()): line for line in lines("text")}
+    rows = [
+        "| cores | text, MB | prepare, MB a core second | tokenizer alone | ratio (quartiles) | of core time |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
+    memory = ["| text, MB | peak memory, MB | of it imports | bytes kept a byte of text |", "|--:|--:|--:|--:|"]
+    for line in newest.values():
+        case = line["case"]
+        if case["what"] == "memory":
+            peak, kept = line["peak megabytes"]["reached"], line["bytes in the cache a byte of text"]
+            memory.append(f"| {case['megabytes']} | {peak:.0f} | {line['of it imports']} | {kept:.2f} |")
+            continue
+        wall, cpu = (line[name] for name in ("prepare speed/tokenizers", "cpu prepare speed/tokenizers"))
+        ratios = ["{:.2f} ({:.2f}–{:.2f})".format(ratio["reached"], *ratio["quartiles"]) for ratio in (wall, cpu)]
+        speed = [f"{line['megabytes'][f'{arm} per cpu second']:.2f}" for arm in ("prepare", "tokenizer")]
+        rows.append(f"| {' | '.join([str(case['cores']), str(case['megabytes']), *speed, *ratios])} |")
+    return "\n".join([*rows, "", *memory])
+
+
 def comparisons() -> str:
     """Return the answers of all comparisons that there are results of."""
     there = [name for name in compare.NAMES if (compare.RESULTS / name / "results.jsonl").exists()]
@@ -203,7 +224,7 @@ PAGES: dict[str, tuple[Callable[[], str], ...]] = {
     "docs/compare.md": (racing, comparisons),
     "docs/ecosystem.md": (ecosystem, convert),
     "docs/results/knowledge.md": (merging, smollm2_results, continual_results, routing),
-    "docs/results/speed.md": (demo, benchmarks, rewriting, installing),
+    "docs/results/speed.md": (demo, benchmarks, rewriting, preparing, installing),
 }
 
 

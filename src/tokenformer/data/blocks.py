@@ -16,21 +16,20 @@ import pyarrow
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import DataError
 from ..quiet import without_bars
 from .cache import cache_folder, cached
-from .sources import Documents, load_documents, text_sizes
-from .tokens import token_type, tokenised
+from .sources import load_documents, text_sizes
+from .tokens import first_blocks, token_type, tokenised, too_short
 
 
 def pack(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, block_length: int, keep_tail: bool = False
-) -> Documents:
+    documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, block_length: int, keep_tail: bool = False
+) -> datasets.Dataset:
     """Tokenise documents once and cut them into text blocks `{"input_ids": [block_length]}`.
 
     The stream is EOS, document, EOS, document, …, EOS; neighbouring blocks share one text token, so that every one but
-    the first is predicted exactly once. A dataset's blocks are memory-mapped from the cache of `datasets`, found again
-    by what the text and tokenizer are; a stream's are made on the fly, and its errors raised then.
+    the first is predicted exactly once. They are memory-mapped from the cache of `datasets`, found again by what the
+    text and tokenizer are. `BlockStream` makes the same ones of a stream.
 
     Args:
         documents: rows of {"text"}.
@@ -41,9 +40,6 @@ def pack(
     Raises:
         DataError: less text than one block.
     """
-    if isinstance(documents, datasets.IterableDataset):
-        arguments = {"documents": documents, "tokenizer": tokenizer, "length": block_length, "keep_tail": keep_tail}
-        return datasets.IterableDataset.from_generator(_streamed, gen_kwargs=arguments)
     identity = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     key = Hasher.hash([documents._fingerprint, identity, tokenizer.eos_token_id, block_length, keep_tail, 3])
     shards = cache_folder() / f"{key}.shards"
@@ -97,30 +93,17 @@ def utf8_bytes(documents: datasets.Dataset) -> int:
     return int(text_sizes(documents).sum())
 
 
-def _streamed(
-    documents: datasets.IterableDataset, tokenizer: PreTrainedTokenizerBase, length: int, keep_tail: bool
-) -> Iterator[dict[str, list[int]]]:
-    for blocks in _cut(documents, tokenizer, length, keep_tail, Path()):
-        yield from ({"input_ids": ids} for ids in blocks.tolist())
-
-
 def _cut(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, keep_tail: bool, shards: Path
+    documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, length: int, keep_tail: bool, shards: Path
 ) -> Iterator[np.ndarray]:
     """Yield text blocks, some at a time `[blocks, length]`; a tail, which may be shorter, comes alone and last."""
-    rest = np.array([tokenizer.eos_token_id], dtype=token_type(tokenizer))
-    made = 0
+    rest, made = np.array([tokenizer.eos_token_id], dtype=token_type(tokenizer)), 0
     for ids in tokenised(documents, tokenizer, shards=shards):
-        stream = np.concatenate([rest, ids])
-        count = (len(stream) - 1) // (length - 1)
-        if count:
-            yield np.lib.stride_tricks.sliding_window_view(stream, length)[:: length - 1]
-            made += count
-        rest = stream[count * (length - 1) :]
+        blocks, rest = first_blocks(np.concatenate([rest, ids]), length)
+        made += len(blocks)
+        if len(blocks):
+            yield blocks
     if keep_tail and len(rest) > 1:
         yield rest[None]
     elif not made:
-        raise DataError(
-            f"the text is shorter than one text block of {length} text tokens; give more than these {len(rest)}, or "
-            "shorter blocks"
-        )
+        raise too_short(length, len(rest))

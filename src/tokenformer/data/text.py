@@ -18,6 +18,7 @@ from ..units import counted
 from .blocks import pack, utf8_bytes
 from .section import DataSection, TextSection, Use, texts_in
 from .sources import Documents, load_documents, text_batches, text_sizes, texts_of
+from .stream import BlockStream
 from .tokenizer import make_tokenizer, vocabulary_size
 
 # How hard each document is for a checkpoint, whatever the unit.
@@ -79,13 +80,13 @@ class TextData:
     """Text ready for training.
 
     Attributes:
-        train_blocks: text blocks by `Use.key`.
+        train_blocks: text blocks by `Use.key`; of a stream, those of this process.
         validation: held-out text by the name of the text.
         tokenizer: of all.
         facts: for logs and lineage.
     """
 
-    train_blocks: dict[str, Documents]
+    train_blocks: dict[str, datasets.Dataset | BlockStream]
     validation: dict[str, HeldOut]
     tokenizer: PreTrainedTokenizerBase
     facts: dict[str, Any]
@@ -99,6 +100,7 @@ def prepare(
     others: Sequence[TextSection | None] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     difficulty: Difficulty | None = None,
+    process: tuple[int, int] = (0, 1),
 ) -> TextData:
     """Read, hold out and pack what a recipe's `data` section says, with its tokenizer.
 
@@ -112,6 +114,7 @@ def prepare(
         others: what stages read in its place. No text trains on what another has held out.
         tokenizer: a checkpoint's own.
         difficulty: says how hard documents are for a checkpoint; needed where a share is `sorted_by` one.
+        process: which of how many processes this is, each of which trains on a share of a stream.
 
     Raises:
         DataError: as `load_documents`, `hold_out` and `pack`. TokenizerError: as `make_tokenizer`.
@@ -132,7 +135,7 @@ def prepare(
         temporary = tokenizer_folder.with_name(f".{tokenizer_folder.name}.tmp")
         tokenizer.save_pretrained(temporary)
         temporary.rename(tokenizer_folder)
-    blocks = {key: _packed(key, part, tokenizer, block_length=sequence_length) for key, part in train.items()}
+    blocks = {key: _packed(key, part, tokenizer, sequence_length, process) for key, part in train.items()}
     validation = {name: HeldOut.of(part, tokenizer, block_length=sequence_length) for name, (_, part) in parts.items()}
     facts = {key: _facts(use, rows[use.name], train[key], blocks[key]) for key, use in uses.items()}
     whole = {
@@ -191,17 +194,21 @@ def _share(train: Documents, use: Use, difficulty: Difficulty | None) -> Documen
     return train.select(np.sort(chosen))
 
 
-def _packed(key: str, train: Documents, tokenizer: PreTrainedTokenizerBase, *, block_length: int) -> Documents:
+def _packed(
+    key: str, train: Documents, tokenizer: PreTrainedTokenizerBase, length: int, process: tuple[int, int]
+) -> datasets.Dataset | BlockStream:
     try:
-        return pack(train, tokenizer, block_length=block_length)
+        if isinstance(train, datasets.IterableDataset):
+            return BlockStream(train, tokenizer, block_length=length).share(*process)
+        return pack(train, tokenizer, block_length=length)
     except DataError as error:
         raise DataError(f"{key!r}: {error}") from error
 
 
-def _facts(use: Use, documents: Documents, train: Documents, blocks: Documents) -> dict[str, Any]:
+def _facts(use: Use, documents: Documents, train: Documents, blocks: datasets.Dataset | BlockStream) -> dict[str, Any]:
     """Say of a text what logs and lineage say; of a stream only where it comes from."""
     facts: dict[str, Any] = {"source": use.source[0] if len(use.source) == 1 else list(use.source)}
-    if isinstance(documents, datasets.Dataset):
+    if isinstance(documents, datasets.Dataset) and isinstance(blocks, datasets.Dataset):
         facts["rows_without_text"] = int((text_sizes(documents) == 0).sum())
         facts["training_documents"] = len(train)
         facts["training_text_tokens"] = len(blocks) * (len(blocks[0]["input_ids"]) - 1)

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 from .cache import written_whole
-from .sources import Documents, ranges, text_batches, text_sizes
+from .sources import ranges, text_batches, text_sizes
 from .tokenizer import vocabulary_size
 
 SHARD_BYTES = 2**21  # about a second of a core: what a kill costs, and what an interruption waits for
@@ -35,7 +35,7 @@ def token_type(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
 
 
 def tokenised(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, shards: Path, workers: int | None = None
+    documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, shards: Path, workers: int | None = None
 ) -> Iterator[np.ndarray]:
     """Yield the text tokens of documents in order, an end of text after each, as `token_type`; empty ones have none.
 
@@ -49,10 +49,9 @@ def tokenised(
     Raises:
         DataError: one of the processes was killed.
     """
-    streamed = isinstance(documents, datasets.IterableDataset)
-    parts = [] if streamed else ranges(text_sizes(documents), SHARD_BYTES)
+    parts = ranges(text_sizes(documents), SHARD_BYTES)
     if len(parts) <= FEW_SHARDS:
-        yield from _encoded(documents, _encoder(tokenizer))
+        yield from _encoded(documents, encoder(tokenizer))
         return
     shards.mkdir(parents=True, exist_ok=True)
     files = {shards / f"{i:06}.npy": part for i, part in enumerate(parts)}
@@ -77,7 +76,7 @@ def tokenised(
         pool.shutdown(cancel_futures=True)
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     """Return what turns texts into text tokens, as calling the tokenizer does, but without what nobody needs here."""
     kind, end = token_type(tokenizer), tokenizer.eos_token_id
     if tokenizer.is_fast:
@@ -96,7 +95,26 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     return encode
 
 
-def _encoded(documents: Documents, encode: Encode) -> Iterator[np.ndarray]:
+def first_blocks(ids: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the text blocks that text tokens begin with `[blocks, length]`, and what is left for the next ones.
+
+    Neighbouring blocks share one text token.
+    """
+    count = (len(ids) - 1) // (length - 1)
+    if not count:
+        return np.empty((0, length), dtype=ids.dtype), ids
+    return np.lib.stride_tricks.sliding_window_view(ids, length)[:: length - 1], ids[count * (length - 1) :]
+
+
+def too_short(length: int, found: int) -> DataError:
+    """Return the error of a text that does not fill one text block."""
+    return DataError(
+        f"the text is shorter than one text block of {length} text tokens; give more than these {found}, or shorter "
+        "blocks"
+    )
+
+
+def _encoded(documents: datasets.Dataset, encode: Encode) -> Iterator[np.ndarray]:
     for batch in text_batches(documents):
         if texts := list(filter(None, batch)):
             yield encode(texts)
@@ -112,7 +130,7 @@ def _begin(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, pare
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along, and the cores are taken
     threading.Thread(target=_end_with, args=[parent], daemon=True).start()
-    _work = documents, _encoder(tokenizer)
+    _work = documents, encoder(tokenizer)
 
 
 def _end_with(parent: int) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
 from transformers import PreTrainedConfig, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -20,17 +19,13 @@ from ..growth.grow import grow
 from .images import prepare_pictures
 from .material import Material
 from .precision import use_bfloat16
+from .processes import processes
 from .recipe import Recipe, TrainingSection, parse_recipe
 from .text import prepare_text
 
 # Fields of TrainingArguments that do nothing beside our optimizer, schedule and validation; those that break resuming.
 _DECIDED = ("learning_rate", "lr_", "optim", "weight_decay", "adam_", "warmup_", "num_train_epochs", "eval_", "save_")
 _BREAKING = ("ignore_data_skip", "per_device_", "fp16", "auto_find_batch_size")
-
-
-def processes() -> PartialState:
-    """Return which of the run's processes this is; under torchrun there are several."""
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def begin_run(recipe: Recipe, run: Path, *, force: bool) -> Material:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
 from .. import cost
@@ -18,14 +18,17 @@ from ..checkpoints.files import clear_unfinished, disk_errors
 from ..checkpoints.lineage import Lineage
 from ..checkpoints.optimizer import OPTIMIZER_FILE, OptimizerState
 from ..checkpoints.verify import carry_files
+from ..data.stream import BlockStream
 from ..growth.architectures import group_names
 from ..growth.freeze import freeze_only
 from .log import Log, finite
 from .material import Material
 from .optimization import grow_with_states, make_optimizer
 from .partial import newest_whole, step_of, unfinished
-from .preparation import frozen_parts, processes, training_arguments
+from .preparation import frozen_parts, training_arguments
+from .processes import processes
 from .settings import StageSettings
+from .stream import StreamTrainer, go_on
 from .watch import Watcher
 
 Start = Callable[[], tuple[PreTrainedModel, OptimizerState, Lineage]]
@@ -80,10 +83,14 @@ def run_stage(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, [_rate(settings, group) for group in optimizer.param_groups]
     )
-    trainer = watcher.trainer = Trainer(
+    examples = data.examples(settings.reading, seed=settings.seed)
+    if state and isinstance(examples, BlockStream):  # then its text is the only one
+        read = sum(settings.reading.skipped.values()) + done * settings.training.batch_size
+        go_on(examples, state, read=read)
+    trainer = watcher.trainer = StreamTrainer(
         model,
         arguments,
-        train_dataset=data.examples(settings.reading, seed=settings.seed),
+        train_dataset=examples,
         data_collator=data.collate,
         compute_loss_func=data.loss,
         optimizers=(optimizer, schedule),

@@ -17,6 +17,7 @@ from .. import cost
 from ..batches import batches
 from ..checkpoints.checkpoint import load_tokenizer
 from ..data.order import Reading, cut
+from ..data.stream import BlockStream
 from ..data.text import TextData, prepare
 from ..data.tokenizer import vocabulary_size
 from ..errors import RecipeError, TokenizerError
@@ -27,6 +28,7 @@ from .log import finite
 from .material import Material
 from .model import ModelSection
 from .precision import autocast_type
+from .processes import processes
 from .recipe import Recipe, TrainingSection
 
 
@@ -106,14 +108,16 @@ class TextMaterial(Material):
         """FLOPs of training on a text token."""
         return cost.training_flops_of(model, training.sequence_length)
 
-    def examples(self, reading: Reading, *, seed: int) -> datasets.IterableDataset | Subset[dict[str, Any]]:
-        """Take the stage's stretch of the one global order of text."""
+    def examples(self, reading: Reading, *, seed: int) -> BlockStream | Subset[dict[str, Any]]:
+        """Take the stage's stretch of the one global order of text; of a stream, this process's share."""
         texts = {text: self.data.train_blocks[text] for text in reading.shares}
         for text, blocks in texts.items():
-            if isinstance(blocks, datasets.IterableDataset):  # then it is the only one
-                return blocks.repeat(None).skip(reading.skipped.get(text, 0)).take(reading.sequences)
-        order = reading.order({text: len(blocks) for text, blocks in texts.items()}, seed=seed)
-        parts = [cut(blocks, reading.pieces).with_format("numpy") for blocks in texts.values()]
+            if isinstance(blocks, BlockStream):  # then it is the only one
+                blocks.begin_after(reading.skipped.get(text, 0) // processes().num_processes)
+                return blocks
+        cached = {text: blocks for text, blocks in texts.items() if isinstance(blocks, datasets.Dataset)}
+        order = reading.order({text: len(blocks) for text, blocks in cached.items()}, seed=seed)
+        parts = [cut(blocks, reading.pieces).with_format("numpy") for blocks in cached.values()]
         return Subset(parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts), order.tolist())
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -170,6 +174,7 @@ def prepare_text(recipe: Recipe, run: Path, config: PreTrainedConfig | None) -> 
         others=recipe.other_texts,
         tokenizer=tokenizer,
         difficulty=difficulty,
+        process=(processes().process_index, processes().num_processes),
     )
     return TextMaterial(data)
 

@@ -26,7 +26,8 @@ from .lock import locked
 from .log import Log, OnEvent, read_log
 from .material import Material
 from .partial import unfinished
-from .preparation import begin_run, check_resumable, prepare_run, processes
+from .preparation import begin_run, check_resumable, prepare_run
+from .processes import processes
 from .recipe import Recipe, load_recipe, parse_recipe
 from .settings import stage_settings
 from .stage import run_stage

@@ -15,12 +15,14 @@ from accelerate.utils import reduce
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..checkpoints.lineage import Event
+from ..data.stream import BlockStream
 from ..models.pattention import Pattention
 from .log import Log, finite
 from .material import Material, Measured
 from .partial import mark_complete
-from .preparation import processes
+from .processes import processes
 from .settings import StageSettings
+from .stream import save_place
 
 
 class Watcher(TrainerCallback):
@@ -135,6 +137,8 @@ class Watcher(TrainerCallback):
             self.emit("train", state.global_step, **facts)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if isinstance(self.trainer.train_dataset, BlockStream):
+            save_place(self.trainer.train_dataset, Path(args.output_dir) / f"checkpoint-{state.global_step}")
         processes().wait_for_everyone()  # each writes its own random numbers' state
         if state.is_world_process_zero:
             mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
