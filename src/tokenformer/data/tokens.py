@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -90,7 +91,11 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
             found = (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
         else:
             found = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-        return np.concatenate([np.array([*ids, end], dtype=kind) for ids in found])
+        together = array("I")  # which takes a list three times as fast as numpy does
+        for ids in found:
+            together.fromlist(ids)
+            together.append(end)
+        return np.frombuffer(together, dtype=np.uintc).astype(kind)
 
     return encode
 
