@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from tokenformer import TokenformerConfig
+from tokenformer import TokenformerConfig, TokenformerVisionConfig
 from tokenformer.cli.compare import comparisons
 from tokenformer.cli.tables import cost_table, total_table
 from tokenformer.errors import RecipeError
@@ -222,6 +222,14 @@ def test_a_run_that_cannot_be_weighed_is_refused(trained, tmp_path):
     assert "a vocabulary of 256" in refusal(grown=[stages[0], wide])
     (trained / "log.jsonl").write_text("")
     assert "or no log" in refusal(grown=stages)
+
+
+def test_plans_are_of_models_that_read_text(trained):
+    sees = {"architecture": "tokenformer_vision", "preset": "vit-b-86m"}
+    assert "reads images; plans count text tokens" in refusal(grown=[{"model": sees, "text_tokens": 1}])
+    config = TokenformerVisionConfig.from_preset("vit-b-86m")
+    config.save_pretrained(trained / "stage1")
+    assert "reads images; plans count text tokens" in refusal(grown=[{"run": trained}])
 
 
 def test_help_names_every_device():
