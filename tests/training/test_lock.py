@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from tokenformer.checkpoints.files import recover
 from tokenformer.cli import app as cli
 from tokenformer.errors import CheckpointError
-from tokenformer.training import preparation
+from tokenformer.training import text
 from tokenformer.training.lock import locked
 from tokenformer.training.recipe import parse_recipe
 from tokenformer.training.train import train
@@ -92,7 +92,7 @@ def test_a_killed_force_never_costs_the_old_run_nor_do_those_after_it(content, t
 
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr(preparation, "prepare", die)
+            patch.setattr(text, "prepare", die)
             process = FORK.Process(target=train, args=(recipe, tmp_path / "run"), kwargs={"force": True})
             process.start()
             process.join(60)

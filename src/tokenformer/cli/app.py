@@ -158,7 +158,7 @@ def evaluate(
     keep: Keep = 1.0,
     as_json: Json = False,
 ) -> None:
-    """Measure bits per byte on any text, run lm-eval's tasks, or count the labels found of images."""
+    """Measure how well a model predicts text or labels images. It runs lm-eval's tasks, too."""
     import torch
 
     from ..checkpoints.checkpoint import load_checkpoint, need_tokenizer

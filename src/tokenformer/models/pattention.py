@@ -229,7 +229,7 @@ class Pattention(nn.Module):
         if _is_traced():
             return self._masked_output(x)
         rows = x.reshape(-1, x.shape[-1])
-        is_open = torch.cat([gate(x) > 0 for gate in self.gates.values()], dim=-1).flatten(0, -2)
+        is_open = torch.cat([gate(x) > 0 for gate in self.gates.values()], dim=-1).reshape(-1, len(self.gates))
         first = is_open[:1]
         if (is_open == first).all():
             return self._tokens_output(x, self._open_groups(first.any(0).tolist()))
