@@ -10,6 +10,7 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from tiny_models import tiny
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -299,6 +300,8 @@ def test_refused_models_and_names():
         grow(torch.compile(zoo.make("bert")), at="query", tokens=4)
     with torch.device("meta"), pytest.raises(GrowthError, match=r"on the meta device"):
         grow(zoo.MODELS["bert"](), at="query", tokens=4)
+    with pytest.raises(GrowthError, match=r"take parameter tokens themselves: grow qkv_param_tokens"):
+        grow(tiny("ffn"), at="all-linear", tokens=4)
     model = zoo.make("llama")
     for name, message in (("base", "exists already"), ("a b", "cannot be used")):
         with pytest.raises(GrowthError, match=message):

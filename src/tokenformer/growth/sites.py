@@ -154,7 +154,10 @@ def _matches(model: nn.Module, maps: Mapping[str, nn.Module], pattern: str) -> l
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         found = [name for name, module in maps.items() if module is not head and name not in _tied(model, maps)]
         if not found:
-            raise GrowthError(f"a {type(model).__name__} has no linear map that can have tokens beside it")
+            raise GrowthError(
+                f"a {type(model).__name__} has no linear map that can have tokens beside it. A TokenFormer's maps take "
+                "parameter tokens themselves: grow qkv_param_tokens, output_param_tokens or ffn_param_tokens"
+            )
         return found
     try:
         expression = re.compile(rf"(?:.*\.)?(?:{pattern})")
