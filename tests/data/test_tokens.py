@@ -155,41 +155,46 @@ def _make_and_tell(file, rows):
     _note("made", file.name)
 
 
-def test_a_text_larger_than_memory_is_held_out_and_identified(tokenizer, cache):
+def test_a_text_larger_than_memory_is_held_out_and_identified(cache):
     """160 MB of text and room for 64: what reads it all at once fails, and what prepare does with it does not."""
     megabyte = "the cat and the hat " * 50_000
     features = datasets.Features({"text": datasets.Value("string")})
     large = cached(lambda: ({"text": [f"{i} {megabyte}"]} for i in range(160)), features, key="planted")
-
-    def prepared():
-        train, held = hold_out(large, fraction=0.05, max_bytes=None)
-        assert len(train) + len(held) == 160 and len(held) == 7
-        assert len(_without(large, set(_hashes(held).tolist()))) == len(train)
-        assert len(text_sha256(train, held)) == 64
-
-    assert _in_little_memory(prepared) == 0
-    assert _in_little_memory(lambda: list(large["text"])) == OUT_OF_MEMORY
+    assert _in_little_memory(_prepare, large, cache) == 0
+    assert _in_little_memory(_read_all, large, cache) == OUT_OF_MEMORY
 
 
 OUT_OF_MEMORY = 3
 
 
-def _in_little_memory(work):
-    """The exit code of a process that works with 64 MB more than what this one has."""
+def _prepare(large):
+    train, held = hold_out(large, fraction=0.05, max_bytes=None)
+    assert len(train) + len(held) == 160 and len(held) == 7
+    assert len(_without(large, set(_hashes(held).tolist()))) == len(train)
+    assert len(text_sha256(train, held)) == 64
 
-    def run():
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        used = 1024 * int(re.search(r"VmData:\s*(\d+) kB", status)[1])
-        resource.setrlimit(resource.RLIMIT_DATA, (used + 2**26, used + 2**26))
-        try:
-            work()
-        except MemoryError:
-            sys.exit(OUT_OF_MEMORY)
 
-    process = get_context("fork").Process(target=run)
+def _read_all(large):
+    list(large["text"])
+
+
+def _in_little_memory(work, *arguments):
+    """The exit code of a new process with 64 MB for work: one forked from here could use what tests have freed."""
+    process = get_context("spawn").Process(target=_limited, args=(work, *arguments))
     process.start()
     process.join(60)
     return process.exitcode
+
+
+def _limited(work, large, cache):
+    datasets.config.HF_DATASETS_CACHE = cache
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    used = 1024 * int(re.search(r"VmData:\s*(\d+) kB", status)[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 2**26, used + 2**26))
+    try:
+        work(large)
+    except MemoryError:
+        sys.exit(OUT_OF_MEMORY)
 
 
 def _die(file, rows):
