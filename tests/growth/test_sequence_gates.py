@@ -6,6 +6,7 @@ import datasets
 import pytest
 import torch
 import zoo
+from tiny_models import tiny
 from zoo import outputs
 
 from tokenformer import attach, drop, grow, merge, route, split, using
@@ -116,8 +117,8 @@ def test_kept_copied_merged_and_dropped(tmp_path):
 
 
 def test_refusals():
-    model = zoo.make("llama")
-    with pytest.raises(GrowthError, match=r"'base' is not beside linear maps.*are: none"):
+    model = tiny("ffn")
+    with pytest.raises(GrowthError, match=r"'base' is a TokenFormer's own"):
         route(model, "base", blocks(LOW, 1), blocks(HIGH, 2), per="sequence")
     with pytest.raises(GrowthError, match=r"per is 'batch'"):
         route(model, "base", None, None, per="batch")

@@ -1,4 +1,4 @@
-"""Add-on folders: a token group beside linear maps, kept without its parent, in the manner of peft's adapters.
+"""Add-on folders: a token group beside linear maps or MLPs, without its parent, in the manner of peft's adapters.
 
 legal/addon_config.json         parent, sites, τ
 legal/addon_model.safetensors   keys, values, gates; in its metadata digests of the parent's tensors and its own
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import CheckpointError, GrowthError
-from ..growth.beside import SiteTokens, own_state, put_tokens, take_tokens
+from ..growth.architectures import group_names
+from ..growth.beside import SiteTokens, has_row, own_state, put_tokens, take_tokens
+from ..growth.groups import drop
 from ..growth.sequence import SequenceGate, sequence_gates
 from ..growth.state import check_finite, tensors_digest
 from ..units import counted
@@ -29,6 +31,7 @@ from .files import replacing_folder
 from .verify import ADDON_CONFIG, CARD_FILE
 
 ADDON_WEIGHTS = "addon_model.safetensors"
+_GATE = ("gate.weight", "gate.bias")
 _SEQUENCE_GATE = ("sequence_gate.weight", "sequence_gate.bias")
 _PARENT, _OWN = "parent_sha256", "tensors_sha256"
 _CARD = """\
@@ -50,12 +53,16 @@ tokenformer.attach(model, "another")              # on a model that is there alr
 
 
 class Site(pydantic.BaseModel):
-    """The parameter tokens beside one linear map: how many, their constant τ, and whether they have a gate."""
+    """The parameter tokens beside one linear map, or the neurons beside one MLP."""
 
     tokens: int
-    tau: float
+    """How many."""
+    tau: float | None = None
+    """Their constant τ; neurons have none."""
     routed: bool = False
     """Whether it has a gate of its own."""
+    maps: list[str] = ["keys", "values"]
+    """What their tensors are called: a weight by its map, a bias in full. Of neurons as in the MLP, the values last."""
 
 
 class AddonConfig(pydantic.BaseModel):
@@ -85,7 +92,7 @@ def split_beside(model: nn.Module, name: str, output: str | Path, *, force: bool
         name=name,
         base_model_name_or_path=_parent_name(model),
         base_model_class=type(model).__name__,
-        sites={s: Site(tokens=len(t.keys), tau=t.tau, routed=t.gate is not None) for s, t in found.items()},
+        sites={site: _site(tokens) for site, tokens in found.items()},
         sequence_gate=gate is not None,
     )
     facts = {_PARENT: json.dumps(_digests(model)), _OWN: tensors_digest(tensors)}
@@ -135,6 +142,8 @@ def load_parent(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load the parent of an add-on as transformers does, in eval mode, and its tokenizer where it has one.
 
+    Neurons that were grown in an ordinary checkpoint and then routed are an add-on of that checkpoint without them.
+
     Raises:
         CheckpointError: no parent is named, or it is not where it was.
     """
@@ -146,12 +155,15 @@ def load_parent(
             f"yourself, and then tokenformer.attach(model, {str(path)!r})"
         )
     try:
-        return load_any(parent, config.base_model_class, dtype=dtype)
+        model, tokenizer = load_any(parent, config.base_model_class, dtype=dtype)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"the parent of add-on {path}, {parent}, cannot be loaded: {error}. If it is elsewhere now, load it "
             f"yourself, and then tokenformer.attach(model, {str(path)!r})"
         ) from error
+    if has_row(model) and config.name in group_names(model.config):  # neurons that were grown there, and moved out
+        drop(model, [config.name])
+    return model, tokenizer
 
 
 def load_any(
@@ -173,6 +185,12 @@ def load_any(
     return model.eval(), tokenizer
 
 
+def places(config: AddonConfig) -> str:
+    """Say beside what an add-on belongs, as in "30 linear maps"."""
+    kinds = ["MLP" if site.tau is None else "linear map" for site in config.sites.values()]
+    return " and ".join(counted(kinds.count(kind), kind) for kind in dict.fromkeys(kinds))
+
+
 def _parent_name(model: nn.Module) -> str | None:
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
@@ -183,18 +201,24 @@ def _plain_name(site: str) -> str:
     return site.replace(".base_layer", "").removeprefix("base_model.model.")
 
 
+def _site(tokens: SiteTokens) -> Site:
+    maps = [leaf.removesuffix(".weight") for leaf in tokens.tensors]
+    return Site(tokens=tokens.count, tau=tokens.tau, routed=tokens.gate is not None, maps=maps)
+
+
 def _leaf_names(site: Site) -> list[str]:
-    return ["keys", "values", *(["gate.weight", "gate.bias"] if site.routed else [])]
+    return [*site.maps, *(_GATE if site.routed else [])]
 
 
 def _leaves(tokens: SiteTokens) -> dict[str, Tensor]:
-    gate = {} if tokens.gate is None else dict(zip(("gate.weight", "gate.bias"), tokens.gate, strict=True))
-    return {"keys": tokens.keys.detach(), "values": tokens.values.detach(), **gate}
+    gate = {} if tokens.gate is None else dict(zip(_GATE, tokens.gate, strict=True))
+    return {**{leaf.removesuffix(".weight"): tensor.detach() for leaf, tensor in tokens.tensors.items()}, **gate}
 
 
 def _tokens(site: str, facts: Site, tensors: Mapping[str, Tensor]) -> SiteTokens:
-    keys, values, *gate = (tensors[f"{site}.{leaf}"] for leaf in _leaf_names(facts))
-    return SiteTokens(facts.tau, keys, values, (gate[0], gate[1]) if gate else None)
+    maps = {m if m.endswith(".bias") else f"{m}.weight": tensors[f"{site}.{m}"] for m in facts.maps}
+    gate = [tensors[f"{site}.{leaf}"] for leaf in _GATE] if facts.routed else []
+    return SiteTokens(facts.tau, maps, (gate[0], gate[1]) if gate else None)
 
 
 def _digests(model: nn.Module) -> dict[str, str]:
@@ -230,7 +254,7 @@ def _card(config: AddonConfig, parameters: int) -> str:
         name=config.name,
         parent=parent if listed else f"a {config.base_model_class}",
         tokens=counted(sum(site.tokens for site in config.sites.values()), "parameter token"),
-        sites=counted(len(config.sites), "linear map"),
+        sites=places(config),
         kind=config.base_model_class,
         parameters=parameters,
     )

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..units import counted
 from .console import make_console
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def route_beside(model: Any, group: str, own: Any, other: Any, output: Path, *, 
 
 def print_addon(console: "Console", path: Path, *, as_json: bool = False) -> None:
     """Show what an add-on holds, and beside which maps of which parent it belongs."""
-    from ..checkpoints.beside import read_addon
+    from ..checkpoints.beside import places, read_addon
     from .tables import site_table
 
     config, tensors, _ = read_addon(path)
@@ -65,9 +64,8 @@ def print_addon(console: "Console", path: Path, *, as_json: bool = False) -> Non
     if as_json:
         typer.echo(json.dumps({**config.model_dump(), "parameters": parameters}, ensure_ascii=False))
         return
-    maps = counted(len(config.sites), "linear map")
     console.print(
-        f"{path}: token group {config.name}, {parameters:,} parameters beside {maps}\n"
+        f"{path}: token group {config.name}, {parameters:,} parameters beside {places(config)}\n"
         f"Parent: {config.base_model_name_or_path or 'not recorded'}, {config.base_model_class}",
         markup=False,
         soft_wrap=True,

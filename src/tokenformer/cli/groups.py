@@ -261,11 +261,11 @@ def route(
     own: Annotated[list[str], typer.Option(help="Text it is for; may be repeated.", metavar="SOURCE")],
     other: Annotated[list[str], typer.Option(help="Text it is not for; may be repeated.", metavar="SOURCE")],
     per: Annotated[
-        Literal["text-token", "sequence"], typer.Option(help="What a gate decides for; sequences of add-ons alone.")
+        Literal["text-token", "sequence"], typer.Option(help="What a gate decides for; not sequences in a TokenFormer.")
     ] = "text-token",
     force: Force = False,
 ) -> None:
-    """Let a token group take part only for text of its kind."""
+    """Let a token group take part only for text of its kind. Of an ordinary transformer it becomes an add-on."""
     from dataclasses import replace
 
     import datasets
@@ -273,15 +273,18 @@ def route(
     from ..checkpoints.files import check_target
     from ..checkpoints.verify import is_addon_folder
     from ..errors import GrowthError
+    from ..growth.architectures import architecture_of
     from ..growth.route import route_operation
 
     check_target(output, force=force)
-    if per == "sequence" and not is_addon_folder(checkpoint):
-        raise GrowthError(f"--per sequence is for add-ons, tokens beside linear maps; {checkpoint} is a checkpoint")
     model, _, sample = judged(checkpoint)
     own_blocks, other_blocks = (datasets.concatenate_datasets([sample(s) for s in kind]) for kind in (own, other))
-    if is_addon_folder(checkpoint):
+    if is_addon_folder(checkpoint) or not architecture_of(model.config).has_pattention:
         routing = route_beside(model, group, own_blocks, other_blocks, output, per=per, force=force)
+    elif per == "sequence":
+        raise GrowthError(
+            f"--per sequence is for add-ons and for neurons of ordinary transformers; {checkpoint} is a TokenFormer"
+        )
     else:
         found, routing = route_operation(model, group, own_blocks, other_blocks)
         operation = replace(found, arguments={"group": group, "own": own, "other": other})

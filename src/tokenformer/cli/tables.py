@@ -52,7 +52,7 @@ def site_table(sites: Mapping[str, Site]) -> Table:
     """Tabulate the linear maps that have tokens beside them, those of one kind in one row."""
     kinds: dict[tuple[str, ...], int] = {}
     for name, site in sites.items():
-        kind = (name.rpartition(".")[2], "yes" if site.routed else "no", f"{site.tokens:,}", f"{site.tau:.4g}")
+        kind = (name.rpartition(".")[2], "yes" if site.routed else "no", f"{site.tokens:,}", f"{site.tau or 1:.4g}")
         kinds[kind] = kinds.get(kind, 0) + 1
     rows = [(name, routed, f"{count:,}", *numbers) for (name, routed, *numbers), count in kinds.items()]
     return tabulate(("linear map", "routed"), ("maps", "parameter tokens", "τ"), rows)

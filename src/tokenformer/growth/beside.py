@@ -18,6 +18,7 @@ from ..models.pattention import Pattention
 from ..models.token_group import check_group, default_tau
 from ..units import counted
 from .architectures import ARCHITECTURES, group_names
+from .mlps import Neurons, add_neurons, fits
 from .sequence import Follower, SequenceGate, add_sequence_gate, drop_sequence_gates, sequence_gates
 from .sites import CHILD, check_whole, clear_site, factory_of, find_sites, linear_maps, make_site, sites, sizes_of
 
@@ -95,18 +96,23 @@ def drop_beside(model: nn.Module, names: Collection[str]) -> None:
 
 @dataclass(frozen=True)
 class SiteTokens:
-    """The parameter tokens of one token group beside one linear map.
+    """The parameter tokens of one token group beside one linear map, or its neurons beside one MLP.
 
     Attributes:
-        tau: its constant τ.
-        keys, values: `[n, D]` and `[E, n]`.
+        tau: its constant τ; None of neurons, which have none.
+        tensors: "keys.weight" `[n, D]` and "values.weight" `[E, n]`; of neurons those of an MLP's maps, by its names,
+            the values last.
         gate: weight `[1, D]` and bias `[1]`, where it has a gate of its own.
     """
 
-    tau: float
-    keys: Tensor
-    values: Tensor
+    tau: float | None
+    tensors: dict[str, Tensor]
     gate: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def count(self) -> int:
+        """The number n of parameter tokens."""
+        return [tensor for leaf, tensor in self.tensors.items() if leaf.endswith(".weight")][-1].shape[1]
 
 
 def take_tokens(model: nn.Module, name: str) -> dict[str, SiteTokens]:
@@ -121,7 +127,8 @@ def take_tokens(model: nn.Module, name: str) -> dict[str, SiteTokens]:
             group: Any = layer.groups[name]
             gate: Any = dict(layer.gates.items()).get(name)
             own = None if gate is None or isinstance(gate, Follower) else (gate.weight, gate.bias)
-            found[site] = SiteTokens(group.tau, group.keys.weight, group.values.weight, own)
+            tau = None if isinstance(layer, Neurons) else group.tau
+            found[site] = SiteTokens(tau, dict(group.named_parameters()), own)
     if not found:
         raise GrowthError(f"there is no token group {name!r}; there are {', '.join(all_group_names(model)) or 'none'}")
     return found
@@ -136,7 +143,7 @@ def put_tokens(
     Args:
         model: to change in place.
         name: of the group there.
-        tokens: by names of maps.
+        tokens: by names of maps, or of MLPs where they are neurons.
         sequence_gate: that decides for whole sequences.
 
     Raises:
@@ -144,9 +151,16 @@ def put_tokens(
     """
     check_new_beside(model, name)
     check_whole(model)
-    maps = linear_maps(model)
+    maps, modules = linear_maps(model), dict(model.named_modules())
     for site, found in tokens.items():
-        wanted = (found.keys.shape[1], found.values.shape[0])
+        if found.tau is None:
+            if site not in modules or not fits(modules[site], found.tensors):
+                raise GrowthError(
+                    f"token group {name!r} is neurons beside {site}, with maps {', '.join(found.tensors)}; this "
+                    f"{type(model).__name__} has no such MLP there: it is another model"
+                )
+            continue
+        wanted = (found.tensors["keys.weight"].shape[1], found.tensors["values.weight"].shape[0])
         if site not in maps or sizes_of(maps[site]) != wanted:
             there = f"maps {' to '.join(map(str, sizes_of(maps[site]) or ()))}" if site in maps else "is not there"
             raise GrowthError(
@@ -154,13 +168,17 @@ def put_tokens(
                 f"{type(model).__name__} it {there}: it is another model"
             )
     for site, found in tokens.items():
-        factory = factory_of(maps[site], model)
-        layer = make_site(maps[site], **factory)
-        layer.add_group(name, len(found.keys), **factory)
-        group: Any = layer.groups[name]
-        group.tau = found.tau
-        group.keys.weight.copy_(found.keys)
-        group.values.weight.copy_(found.values)
+        factory = factory_of(modules[site], model)
+        if found.tau is None:
+            copies = {leaf: tensor.detach().to(copy=True, **factory) for leaf, tensor in found.tensors.items()}
+            layer: Pattention = add_neurons(modules[site], name, copies)
+        else:
+            layer = make_site(modules[site], **factory)
+            layer.add_group(name, found.count, **factory)
+            group: Any = layer.groups[name]
+            group.tau = found.tau
+            for leaf, parameter in group.named_parameters():
+                parameter.copy_(found.tensors[leaf])
         if found.gate is not None:
             layer.add_gate(name)
             set_gate(layer, name, *found.gate)
@@ -205,8 +223,8 @@ def _differences(model: nn.Module, other: nn.Module, *, shared: Iterable[str]) -
     for state, of in ((a, model), (b, other)):
         for name in shared:
             for site, tokens in take_tokens(of, name).items():
-                state[f"{site}, keys of token group {name}"] = tokens.keys
-                state[f"{site}, values of token group {name}"] = tokens.values
+                for leaf, tensor in tokens.tensors.items():
+                    state[f"{site}, {leaf.removesuffix('.weight')} of token group {name}"] = tensor
     odd = sorted(a.keys() ^ b.keys())
     return [*odd, *(n for n in sorted(a.keys() & b.keys()) if a[n].dtype != b[n].dtype or not torch.equal(a[n], b[n]))]
 

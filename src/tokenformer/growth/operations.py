@@ -8,6 +8,7 @@ after block, to the same bits.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +23,11 @@ from ..models.token_group import TokenGroup
 from .architectures import Groups, architecture_of, frozen_names, places, token_groups
 from .layout import TokenMap
 from .neurons import as_parameter, group_neurons, refuse_unless_plain
-from .sites import sites
+from .sequence import Follower
+from .sites import CHILD, sites
 
+# What stands between the names of an MLP and of its maps where these are of neurons beside it.
+_BESIDE_MLP = re.compile(rf"\.{CHILD}\.groups\.\w+\.")
 Change = Callable[[int, TokenMap, Groups], Groups]
 
 
@@ -201,9 +205,11 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def _silent_copy(block: nn.Module, is_last: Callable[[str], bool]) -> nn.Module:
-    new = copy.deepcopy(block).requires_grad_()
+    # A gate of whole sequences is the model's, so that the copy follows the same one.
+    shared = {id(gate): gate for m in block.modules() if isinstance(m, Follower) for gate in m.follows}
+    new = copy.deepcopy(block, shared).requires_grad_()
     for name, parameter in new.named_parameters():
         parameter.grad = None
-        if is_last(name):
+        if is_last(_BESIDE_MLP.sub(".", name)):
             parameter.zero_()
     return new

@@ -20,9 +20,11 @@ from ..batches import batches
 from ..errors import GrowthError
 from ..models.pattention import Pattention
 from .architectures import GroupEntry, Groups, architecture_of, check_known, places, token_groups, with_groups
-from .beside import names_beside, set_gate
+from .beside import has_row, names_beside, set_gate
+from .groups import drop_operation
 from .layout import TokenMap
-from .operations import Operation, apply, unchanged
+from .mlps import add_neurons
+from .operations import Operation, apply, check_plain, read_groups, unchanged
 from .sequence import READS, add_sequence_gate, drop_sequence_gates, mean_embeddings
 from .sites import sites
 
@@ -62,21 +64,28 @@ def route(
     Each gate is a logistic regression on what its layer sees: under the group for `own`, without it for `other`, as it
     will where the gates are right. A group that has gates already has them fitted anew.
 
+    Neurons of an ordinary transformer are first moved out of its MLPs and beside them, so that the model's own maps are
+    the parent's, which a gate can leave alone; `split` writes them as an add-on folder.
+
     Args:
-        model: a TokenFormer, or any language model of transformers if the group is beside its linear maps.
+        model: a TokenFormer, an ordinary transformer that has grown, or any language model of transformers if the group
+            is beside its linear maps.
         name: of the token group.
         own, other: text blocks, as `text_blocks` gives them.
         per: "text_token": every layer decides for each text token. "sequence": one gate decides for a whole sequence,
             from the mean embedding of its first 128 text tokens, and keeps to it in generation; `using` decides
-            instead. For groups beside linear maps.
+            instead. For groups beside linear maps, and neurons.
         batch_size: text blocks per forward pass.
 
     Raises:
-        GrowthError: no such group, neurons of an ordinary transformer, a group that came with blocks, or one without
-            which some layer may have nothing left. The model is then untouched.
+        GrowthError: no such group, a group that came with blocks, one without which some layer may have nothing left,
+            or neurons that cannot be moved: quantised, adapted, or of a block that has no MLP. The model is then
+            untouched.
     """
     if per not in ("text_token", "sequence"):
         raise GrowthError(f'per is {per!r}; it must be "text_token" or "sequence"')
+    if name not in names_beside(model) and has_row(model) and not architecture_of(model.config).has_pattention:
+        move_beside(model, name)
     if per == "sequence":
         return _route_sequences(model, name, own, other, batch_size)
     if name in names_beside(model):
@@ -93,12 +102,55 @@ def route(
 
 
 @torch.no_grad()
+def move_beside(model: PreTrainedModel, name: str) -> None:
+    """Move a group of neurons out of an ordinary transformer's MLPs and beside them, in place.
+
+    The model computes what it did, to rounding; without the group it is the one that `drop` leaves.
+
+    Raises:
+        GrowthError: no such group, or one that cannot be moved; as `route`. The model is then untouched.
+    """
+    config, row = model.config, architecture_of(model.config)
+    operation = drop_operation(config, [name])
+    group = next(g for g in token_groups(config) if g.name == name)
+    if group.blocks:
+        raise GrowthError(
+            f"token group {name!r} came with blocks {', '.join(map(str, group.blocks))}, which gates cannot close; to "
+            "route its neurons, grow neurons and blocks as two groups"
+        )
+    if any("." not in token_map.name for token_map in row.maps):
+        raise GrowthError(
+            f"the blocks of a {config.model_type!r} model have no module for their MLP, beside which neurons with a "
+            'gate could be; tokens beside its linear maps can have gates: grow(model, at="all-linear", tokens=…)'
+        )
+    check_plain(model, [name])
+    moved = []
+    for block, token_map in places(config):
+        tensors = read_groups(row.blocks_of(model)[block], token_map).get(name)
+        if tensors:
+            moved.append((block, token_map.name.rpartition(".")[0], _in_mlp(token_map, tensors)))
+    apply(model, operation)
+    for block, mlp, tensors in moved:
+        add_neurons(row.blocks_of(model)[block].get_submodule(mlp), name, tensors)
+
+
+def _in_mlp(token_map: TokenMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of one group of neurons by the names that they have in the MLP, fused ones together."""
+    mlp = f"{token_map.name.rpartition('.')[0]}."
+    found: dict[str, list[Tensor]] = {}
+    for part in token_map.parts:
+        if part.tensor in tensors:
+            found.setdefault(part.stored.removeprefix(mlp), []).append(tensors[part.tensor])
+    return {leaf: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for leaf, pieces in found.items()}
+
+
+@torch.no_grad()
 def _route_sequences(model: PreTrainedModel, name: str, own: Any, other: Any, batch_size: int) -> Routing:
     """Fit one gate on mean embeddings of pieces of text, short ones as prompts are and long ones."""
     if name not in names_beside(model):
         raise GrowthError(
-            f"token group {name!r} is not beside linear maps; gates that decide for whole sequences are for groups "
-            f"that are: {', '.join(names_beside(model)) or 'none'}"
+            f"token group {name!r} is a TokenFormer's own; gates that decide for whole sequences are for groups beside "
+            f"linear maps and for neurons of ordinary transformers"
         )
     rows = []
     for text in (own, other):
@@ -157,13 +209,10 @@ def _fit(
 
 
 def _check(config: PreTrainedConfig, name: str) -> list[GroupEntry]:
-    """Return the token groups of a model in which group `name` can have gates."""
+    """Return the token groups of a TokenFormer in which group `name` can have gates."""
     check_known(config, [name])
     if config.model_type != "tokenformer":
-        raise GrowthError(
-            f"token group {name!r} is neurons of a {config.model_type!r} model, which cannot have gates; tokens beside "
-            f'its linear maps can: grow(model, at="all-linear", tokens=…)'
-        )
+        raise GrowthError(f"gates are fitted on text, which a {config.model_type!r} model does not read")
     groups = token_groups(config)
     group = next(g for g in groups if g.name == name)
     if group.blocks:

@@ -65,11 +65,11 @@ class Follower(nn.Module):
 
     def __init__(self, gate: SequenceGate) -> None:
         super().__init__()
-        self._gate = [gate]  # in a list, so that it is no submodule and is saved once
+        self.follows = [gate]  # in a list, so that it is no submodule and is saved once
 
     def forward(self, x: Tensor) -> Tensor:
         """Return for `x` `[B, *, D]`, or `[B · T, D]`, a score `[*, 1]` that is positive where the sequence is open."""
-        is_open = self._gate[0].is_open
+        is_open = self.follows[0].is_open
         if is_open is None or x.shape[0] % len(is_open):
             raise GrowthError(
                 "the gate of a sequence decides when the whole model is called on input_ids or inputs_embeds; here a "

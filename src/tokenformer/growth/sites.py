@@ -45,7 +45,7 @@ def make_site(linear: nn.Module, *, device: torch.device, dtype: torch.dtype) ->
     sizes = sizes_of(linear)
     assert sizes is not None
     layer = Pattention(*sizes, {}, linear=False, token_group_norm="per_group", device=device, dtype=dtype)
-    _place(linear, layer.train(linear.training))
+    place_tokens(linear, layer.train(linear.training))
     return layer
 
 
@@ -60,10 +60,11 @@ def move_tokens(old: nn.Module, new: nn.Module) -> None:
     """Put the token groups beside a linear map beside the one that takes its place."""
     layer = old._modules.get(CHILD)
     if isinstance(layer, Pattention):
-        _place(new, layer)
+        place_tokens(new, layer)
 
 
-def _place(linear: nn.Module, layer: Pattention) -> None:
+def place_tokens(linear: nn.Module, layer: Pattention) -> None:
+    """Add what a layer gives to what a map gives, from now on."""
     linear.add_module(CHILD, layer)
     linear.register_forward_hook(_add_tokens, with_kwargs=True)
 
