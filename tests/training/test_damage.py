@@ -115,7 +115,7 @@ def test_without_a_whole_state_a_stage_starts_again(content, interrupted, tmp_pa
     for state in (tmp_path / "run" / "stage2.partial").iterdir():
         (state / "optimizer.pt").write_bytes(b"")
     (tmp_path / "run" / "stage2.partial" / "checkpoint-best").mkdir()  # a user's
-    (tmp_path / "run" / ".stage2.1.tmp").mkdir()  # of a process that was killed while it wrote
+    (tmp_path / "run" / ".stage2.0123abcd.tmp").mkdir()  # of a process that was killed while it wrote
     events = []
     (_, last) = train(parse_recipe(content), tmp_path / "run", resume=True, on_event=events.append)
     assert (last / "model.safetensors").read_bytes() == interrupted[1]

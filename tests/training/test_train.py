@@ -253,7 +253,9 @@ def test_changed_text_is_noticed_on_resuming(text, content, tmp_path):
 def test_force_takes_over_after_a_kill_and_spares_what_is_no_run(finished, content, tmp_path):
     recipe = parse_recipe({**content, "stages": [{"text_tokens": 256}]})
     shutil.copytree(finished[0], tmp_path / "run")
-    shutil.copytree(finished[0], tmp_path / ".run.replaced")  # as a kill -9 during preparation leaves it
+    left = tmp_path / ".run.0123abcd.tmp"  # as a kill -9 between the two renames leaves it
+    shutil.copytree(finished[0], left / "old" / "run")
+    (left / "tokenformer.lock").touch()
     assert train(recipe, tmp_path / "run", force=True)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     (tmp_path / "notes").mkdir()

@@ -41,7 +41,8 @@ from ..growth.select import shrink
 from ..quiet import without_bars
 from .beside import attach_beside, load_parent
 from .card import model_card
-from .files import add_file, replacing_folder, sync
+from .disk import sync
+from .files import add_file, replacing_folder
 from .lineage import Lineage
 from .verify import (
     CARD_FILE,

@@ -54,6 +54,8 @@ class ComparisonDisplay(_Display):
         """Show one event."""
         if event["event"] == "progress":
             self.bar.update(self.task, completed=event["done"], total=event["total"])
+        elif event["event"] == "shared":
+            self.console.print("Another process runs this comparison in the same folder; they share its runs.")
         elif event["event"] == "run":
             found = event["bits_per_byte"]
             result = "diverged" if found is None else f"{found:.4f} bits/byte"

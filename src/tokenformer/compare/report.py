@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from ..checkpoints.files import disk_errors
+from ..checkpoints.disk import disk_errors
 from ..units import counted
 from .chart import interactive_curves
 from .conclusions import answer, limits, verdicts

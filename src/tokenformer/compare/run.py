@@ -26,7 +26,7 @@ from torch import multiprocessing
 from transformers import AutoModelForCausalLM
 
 from .. import cost
-from ..checkpoints.files import disk_errors
+from ..checkpoints.disk import disk_errors
 from ..data.text import HeldOut, TextData, prepare
 from ..errors import DataError, GrowthError, RecipeError, TokenformerError
 from ..growth.freeze import freeze_only
@@ -64,7 +64,8 @@ def compare(
         folder: where everything goes; one that holds a part of this comparison is continued.
         name: of the comparison, for its report.
         workers: processes. Default: one for every GPU, or for every `training.threads` cores.
-        on_event: called with every new line of results, and then with {"event": "progress", "done", "total"}.
+        on_event: called with every new line of results, and then with {"event": "progress", "done", "total"}; first
+            with {"event": "shared"} where another process runs the same comparison there.
 
     Raises:
         RecipeError: the recipe makes no sense, or the folder holds another comparison.
@@ -76,12 +77,27 @@ def compare(
     run = Path(folder)
     with disk_errors(run):
         run.mkdir(parents=True, exist_ok=True)
-    results = Results(run)
-    text = load_text(recipe, run, fresh=not results.lines())
-    rehearse(recipe, text)
-    results.begin(recipe, name, text.report.facts)
-    index, count = _share()
-    arms = list(recipe.arms)[index::count]
+    results, (index, count) = Results(run), _share()
+    with disk_errors(run), FileLock(run / ".beginning.lock"):  # two that begin at once could mix rules, or tokenizers
+        text = load_text(recipe, run, fresh=not results.lines())
+        rehearse(recipe, text)
+        results.begin(recipe, name, text.report.facts)
+    presence = FileLock(run / ".presence.lock")
+    try:
+        presence.acquire(timeout=0)
+    except Timeout:
+        if count == 1:
+            on_event({"event": "shared"})
+    try:
+        return _run(recipe, run, results, list(recipe.arms)[index::count], workers=workers, on_event=on_event)
+    finally:
+        presence.release()
+
+
+def _run(
+    recipe: CompareRecipe, run: Path, results: Results, arms: list[str], *, workers: int | None, on_event: OnEvent
+) -> list[Line]:
+    """Start workers, and report what they do until all is there; errors as `compare`."""
     devices = _devices()
     content = recipe.model_dump_json(exclude_unset=True)
     context = multiprocessing.start_processes(

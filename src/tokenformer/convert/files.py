@@ -146,6 +146,7 @@ def convert_to_official(checkpoint: str | Path, output: str | Path, *, force: bo
     with replacing_file(described, force=force) as fields, replacing_file(file, force=force) as tensors:
         fields.write_text(yaml.safe_dump(fields_to_official(config), sort_keys=False), encoding="utf-8")
         torch.save(state, tensors)
+        described.unlink(missing_ok=True)  # a kill between the two renames must not leave one beside the other's old
     return described
 
 

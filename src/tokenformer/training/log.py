@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.files import disk_errors, replacing_file
+from ..checkpoints.disk import disk_errors
+from ..checkpoints.files import replacing_file
 
 OnEvent = Callable[[dict[str, Any]], None]
 

@@ -27,8 +27,9 @@ def step_of(state: Path) -> int:
 
 def mark_complete(state: Path) -> None:
     """Write down what a whole state consists of."""
+    contents = json.dumps(_contents(state), indent=2)
     with replacing_file(state / _COMPLETE, force=True) as file:
-        file.write_text(json.dumps(_contents(state), indent=2), encoding="utf-8")
+        file.write_text(contents, encoding="utf-8")
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:

@@ -14,9 +14,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from .. import cost
 from ..checkpoints.checkpoint import save_checkpoint
-from ..checkpoints.files import clear_unfinished, disk_errors
+from ..checkpoints.disk import disk_errors
 from ..checkpoints.lineage import Lineage
 from ..checkpoints.optimizer import OPTIMIZER_FILE, OptimizerState
+from ..checkpoints.temporary import clear_abandoned
 from ..checkpoints.verify import carry_files
 from ..data.stream import BlockStream
 from ..growth.architectures import group_names
@@ -53,7 +54,7 @@ def run_stage(
     """
     place = unfinished(target)
     if log.enabled:
-        clear_unfinished(target)
+        clear_abandoned(target.parent)
     state, problems = _newest_whole(place)
     done = step_of(state) if state else 0
     logged = log.rewind(settings.number, done)

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from ..checkpoints.checkpoint import load_checkpoint
 from ..checkpoints.lineage import Lineage
+from ..checkpoints.lock import locked
 from ..checkpoints.optimizer import OptimizerState, load_states
 from ..errors import CheckpointError, DataError
 from ..growth.architectures import auto_class
 from ..quiet import without_bars
-from .lock import locked
 from .log import Log, OnEvent, read_log
 from .material import Material
 from .partial import unfinished
