@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .growth.freeze import freeze, unfreeze
     from .growth.groups import consolidate, drop, merge
     from .growth.grow import grow
+    from .growth.pack import pack
     from .growth.route import route
     from .growth.select import prune, shrink, sort
     from .growth.sequence import using
@@ -75,6 +76,7 @@ __all__ = [
     "grow",
     "load",
     "merge",
+    "pack",
     "prune",
     "route",
     "save",
@@ -106,6 +108,7 @@ _HOMES = {
     "grow": "growth.grow.grow",
     "load": "checkpoints.checkpoint.load_checkpoint",
     "merge": "growth.groups.merge",
+    "pack": "growth.pack.pack",
     "prune": "growth.select.prune",
     "route": "growth.route.route",
     "save": "checkpoints.checkpoint.save_checkpoint",

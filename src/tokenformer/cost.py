@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .growth.architectures import architecture_of, auto_class, group_names, places, token_groups
 from .growth.neurons import GroupedLinear
 from .growth.state import read_map
+from .models.ternary import PackedLinear
 
 
 def group_parameters(config: PreTrainedConfig) -> dict[str, int]:
@@ -81,14 +82,20 @@ def training_flops_of(model: PreTrainedModel, context: int | None = None) -> flo
     blocks = row.blocks_of(model)
     grouped: list[Any] = [m for m in model.modules() if isinstance(m, GroupedLinear)]
     within = {inner for m in grouped for inner in m.groups.values()}
-    plain: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m not in within]
+    plain: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D | PackedLinear)]
+    plain = [m for m in plain if m not in within]
     mixers = [block.get_submodule(row.last[0]) for block in blocks]
     rows, reached = _read(model, {*grouped, *plain, *mixers})
-    weights = [(m.weight, m) for m in plain]
-    weights += [(inner.weight, m) for m in grouped for inner in m.groups.values()]
-    products = sum(w.numel() * rows[m] * (1 + w.requires_grad + (m in reached)) for w, m in weights)
+    weights = [(m, m) for m in plain] + [(inner, m) for m in grouped for inner in m.groups.values()]
+    products = sum(_numbers(w) * rows[m] * (1 + w.weight.requires_grad + (m in reached)) for w, m in weights)
     attention = sum(rows[m] * _attention_flops(config, context or rows[m]) * (3 if m in reached else 1) for m in mixers)
     return 2.0 * products + attention
+
+
+def _numbers(linear: Any) -> int:
+    """Count the numbers in a map's weight."""
+    packed = isinstance(linear, PackedLinear)
+    return linear.in_features * linear.out_features if packed else linear.weight.numel()
 
 
 def _read(model: PreTrainedModel, modules: Collection[nn.Module]) -> tuple[Counter[nn.Module], set[nn.Module]]:
@@ -143,6 +150,10 @@ def _model(config: PreTrainedConfig) -> nn.Module:
 @lru_cache(maxsize=8)
 def _built(content: str) -> nn.Module:
     fields = json.loads(content)
+    # What is packed is counted as what it was packed from: as many numbers multiply each text token.
+    for entry in (fields, *(fields.get("token_groups") or ())):
+        if entry.get("weights") == "packed":
+            entry["weights"] = "ternary"
     with torch.device("meta"):
         config = AutoConfig.for_model(**fields)
         return auto_class(config).from_config(config)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import EvaluationError, GrowthError, MissingExtraError
-from .growth.architectures import architecture_of
+from .growth.architectures import architecture_of, token_groups
 from .growth.importance import watched_weights
 from .growth.layout import TokenMap
 from .growth.neurons import group_neurons
 from .growth.operations import read_groups
+from .models.ternary import ternary
 from .units import counted
 
 PROJECTION_ORDER = ("qkv", "output", "ffn")
@@ -187,7 +188,10 @@ def promotes(
             f"there is no parameter token {group}[{index}] in {map_name} of block {block} that writes into the "
             f"residual stream; the model has {counted(len(blocks), 'block')}"
         )
-    value = groups[group][part][:, index] * math.copysign(1.0, weight)
+    values = groups[group][part]
+    if {g.name: g.weights for g in token_groups(model.config)}[group] == "ternary":
+        values = ternary(values)
+    value = values[:, index] * math.copysign(1.0, weight)
     norm = row.final_norm_of(model)
     if norm is not None:
         value = norm(value) - norm(torch.zeros_like(value))

@@ -3,10 +3,13 @@
 import pytest
 from comparisons import SMALL, comparison, parsed
 from test_damage import content  # noqa: F401
+from torch import nn
 from transformers import AutoConfig
 
 from tokenformer.checkpoints.checkpoint import load_checkpoint
 from tokenformer.errors import RecipeError, TokenizerError
+from tokenformer.growth.architectures import token_groups
+from tokenformer.models.ternary import TernaryLinear
 from tokenformer.plan import Plan
 from tokenformer.sections import parse_sections
 from tokenformer.training.recipe import parse_recipe
@@ -45,6 +48,25 @@ def test_the_same_mistake_is_refused_in_the_same_words(model, message, tmp_path)
         with pytest.raises(RecipeError) as caught:
             parse(model, tmp_path)
         assert message in str(caught.value)
+
+
+def test_a_ternary_model_trains_and_grows_a_float_group(content, tmp_path):  # noqa: F811
+    grown = {**content["stages"][1], "weights": "float"}
+    whole = {**content, "model": {**content["model"], "weights": "ternary"}, "stages": [content["stages"][0], grown]}
+    events: list = []
+    checkpoints = train(parse_recipe(whole), tmp_path / "run", on_event=events.append)
+    assert next(event for event in events if event["event"] == "growth")["logits_equal"]
+    model, _, _ = load_checkpoint(checkpoints[-1])
+    assert [group.weights for group in token_groups(model.config)] == ["ternary", "float"]
+    block = model.model.layers[0]
+    kinds = [type(block.mlp.groups.base.keys), type(block.self_attn.q_proj.linear), type(block.mlp.groups.grown1.keys)]
+    assert kinds == [TernaryLinear, TernaryLinear, nn.Linear]
+
+
+def test_weights_of_a_stage_that_adds_none_are_refused(content):  # noqa: F811
+    stages = [{**content["stages"][0], "weights": "ternary"}]
+    with pytest.raises(RecipeError, match="adds no parameter tokens; those of the first model go into model"):
+        parse_recipe({**content, "stages": stages})
 
 
 def test_any_architecture_trains_from_scratch_and_grows(content, tmp_path):  # noqa: F811

@@ -6,7 +6,7 @@ from huggingface_hub import ModelCardData
 from transformers import PreTrainedConfig
 
 from .. import cost
-from ..growth.architectures import GroupEntry, architecture_of, token_groups
+from ..growth.architectures import GroupEntry, architecture_of, token_groups, weights_of
 from ..units import counted
 from .lineage import Event, Lineage
 
@@ -25,6 +25,9 @@ imported it is not needed."""
 _TOKENFORMER = "{article} {what} whose parameters are tokens ([TokenFormer](https://arxiv.org/abs/2410.23168))"
 _ORDINARY = """\
 An ordinary {kind} {what}, which every tool loads; the neurons of its feed-forward are kept by token group"""
+
+_LATENT = """ Its maps are ternary: the package `tokenformer` rounds these weights to {-1, 0, 1} times a scale as it
+computes, and other tools do not. Give them what `tokenformer pack` makes of this folder."""
 
 # By its Auto class: what a model is, the pipeline it is for, and what makes its inputs.
 _KINDS = {
@@ -74,7 +77,7 @@ def model_card(config: PreTrainedConfig, lineage: Lineage, *, license: str | Non
         f"# A {'TokenFormer' if ours else config.model_type}",
         f"{(_TOKENFORMER if ours else _ORDINARY).format(article=article, kind=config.model_type, what=what)}: "
         f"{cost.parameters(config):,} parameters, {counted(config.num_hidden_layers, 'block')} of width "
-        f"{config.hidden_size}, {counted(config.num_attention_heads, 'head')}, {_reads(config)}.",
+        f"{config.hidden_size}, {counted(config.num_attention_heads, 'head')}, {_reads(config)}.{_ternary(config)}",
         "## Load it",
         _LOADING.format(**loading | {"trust": ", trust_remote_code=True"}) + _TRUST
         if ours
@@ -96,6 +99,12 @@ def model_card(config: PreTrainedConfig, lineage: Lineage, *, license: str | Non
     return "\n\n".join(lines) + "\n"
 
 
+def _ternary(config: PreTrainedConfig) -> str:
+    """Warn where the weights of an ordinary model are not yet what it computes with."""
+    kept = {weights_of(config), *(group.weights for group in token_groups(config))}
+    return _LATENT if "ternary" in kept and not architecture_of(config).has_pattention else ""
+
+
 def _reads(config: PreTrainedConfig) -> str:
     """Say what a model takes and what it chooses from."""
     if architecture_of(config).auto == "AutoModelForCausalLM":
@@ -110,7 +119,8 @@ def _counts(group: GroupEntry) -> str:
     counts = {projection: group.over(projection) for projection in group.counts if any(group.over(projection))}
     told = [f"{p} {min(n):,}" if min(n) == max(n) else f"{p} {min(n):,} to {max(n):,}" for p, n in counts.items()]
     blocks = [f"blocks {', '.join(map(str, group.blocks))}"] if group.blocks else []
-    return ", ".join([*told, *blocks, *(["routed"] if group.routed else [])])
+    kept = [] if group.weights == "float" else [group.weights]
+    return ", ".join([*told, *blocks, *(["routed"] if group.routed else []), *kept])
 
 
 def _seen(config: PreTrainedConfig, event: Event) -> tuple[str, int]:

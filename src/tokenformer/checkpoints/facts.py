@@ -11,14 +11,14 @@ from ..growth.architectures import Architecture, GroupEntry, architecture_of, fr
 from .verify import Header, config_fields, is_old_buffer, read_headers
 
 # Bytes of a number in safetensors' types.
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 0.25}  # packed, four in a byte
 
 
 def checkpoint_facts(path: str | Path) -> dict[str, Any]:
     """Say what a checkpoint is, in numbers: what `tokenformer inspect --json` prints.
 
-    Counts are of parameters, so without buffers such as gates; "bytes" are those of the files, "training_bytes" of
-    float32 weights, gradients and AdamW's two moments.
+    Counts are of parameters, so without buffers such as gates; of packed maps' rows up to a multiple of four. "bytes"
+    are those of the files, "training_bytes" of float32 weights, gradients and AdamW's two moments.
 
     Raises:
         CheckpointError: missing, damaged or truncated files.
@@ -34,7 +34,7 @@ def checkpoint_facts(path: str | Path) -> dict[str, Any]:
     if not fields.get("token_groups"):
         for projection, field in row.counts.items():  # configurations may leave them out
             setattr(config, field, _neurons(row, headers, projection))
-    parameters = {name: header for name, header in headers.items() if ".gates." not in name}
+    parameters = {n: header for n, header in headers.items() if ".gates." not in n and not n.endswith("_scale")}
     groups = [_group(config, row, group, parameters) for group in token_groups(config)]
     total, size = _sizes(parameters)
     norm = headers.get(f"{row.prefix}.{row.final_norm}.weight")
@@ -57,7 +57,8 @@ def checkpoint_facts(path: str | Path) -> dict[str, Any]:
 
 
 def _group(config: Any, row: Architecture, group: GroupEntry, headers: dict[str, Header]) -> dict[str, Any]:
-    parameters = size = tokens = 0
+    parameters = tokens = 0
+    size = 0.0
     for block in range(row.depth_of(config)):
         for token_map in row.maps:
             count = group.count(token_map.projection, block)
@@ -67,25 +68,30 @@ def _group(config: Any, row: Architecture, group: GroupEntry, headers: dict[str,
                 header = headers.get(row.block_name(block) + part.stored.format(group=group.name))
                 if header is None or not count:
                     continue
-                numbers = math.prod(header.shape) // part.piece[1]
+                numbers = _numbers(header) // part.piece[1]
                 if "{group}" not in part.tensor:
                     numbers = numbers * count // together
                 parameters, size = parameters + numbers, size + numbers * _BYTES[header.dtype]
     notes = [f"with blocks {', '.join(map(str, group.blocks))}"] if group.blocks else []
     notes += ["routed"] if group.routed else []
+    notes += [] if group.weights == "float" else [group.weights]
     return {
         "name": group.name,
         "counts": {projection: [min(group.over(projection)), max(group.over(projection))] for projection in row.counts},
         "tokens": tokens,
         "parameters": parameters,
-        "bytes": size,
+        "bytes": math.ceil(size),
         "notes": [*notes, *(["frozen"] if group.name in frozen_names(config) else [])],
     }
 
 
 def _sizes(headers: dict[str, Header]) -> tuple[int, int]:
-    numbers = [(math.prod(header.shape), _BYTES[header.dtype]) for header in headers.values()]
-    return sum(count for count, _ in numbers), sum(count * width for count, width in numbers)
+    numbers = [(_numbers(header), _BYTES[header.dtype]) for header in headers.values()]
+    return sum(count for count, _ in numbers), math.ceil(sum(count * width for count, width in numbers))
+
+
+def _numbers(header: Header) -> int:
+    return math.prod(header.shape) * (4 if header.dtype == "U8" else 1)
 
 
 def _neurons(row: Architecture, headers: dict[str, Header], projection: str) -> int:

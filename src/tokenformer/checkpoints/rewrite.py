@@ -264,7 +264,11 @@ def check_names(source: Stored) -> None:
         for name, (shape, _) in shared.items()
         if shape != state[name].shape
     ]
-    odd = [f"{name} is {dtype}" for name, (_, dtype) in shared.items() if not dtype.is_floating_point]
+    odd = [
+        f"{name} is {dtype}"
+        for name, (_, dtype) in shared.items()
+        if dtype.is_floating_point != state[name].is_floating_point()
+    ]
     problems = {"missing": missing, "unknown": unknown, "of other shapes": misshapen, "not of floating point": odd}
     told = [
         f"{len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"

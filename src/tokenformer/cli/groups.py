@@ -52,6 +52,10 @@ def grow(
         Literal["joint", "per-group"] | None,
         typer.Option(help="One norm for all token groups or one each; to choose while there is one group."),
     ] = None,
+    weights: Annotated[
+        Literal["float", "ternary"] | None,
+        typer.Option(help="How the new keys and values are kept.  [default: as the model's maps are]"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the new random values.")] = 0,
     force: Force = False,
 ) -> None:
@@ -59,7 +63,7 @@ def grow(
     from ..growth.grow import grow_operation
 
     if at or tokens is not None:
-        sizes = (preset, qkv_param_tokens, output_param_tokens, ffn_param_tokens, num_hidden_layers, norm)
+        sizes = (preset, qkv_param_tokens, output_param_tokens, ffn_param_tokens, num_hidden_layers, norm, weights)
         grow_beside(checkpoint, output, at or [], tokens, name=name, seed=seed, force=force, alone=not any(sizes))
         return
 
@@ -73,6 +77,7 @@ def grow(
             num_hidden_layers=num_hidden_layers,
             name=name,
             norm=norm.replace("-", "_") if norm else None,
+            weights=weights,
             seed=seed,
             dtype=source.dtype,
         )
@@ -200,6 +205,19 @@ def attach(
         )
     operation = lambda source: attach_operation(source.config, source.tensors, addon, name=name)  # noqa: E731
     _rewrite(checkpoint, output, operation, force=force)
+
+
+@groups.command()
+def pack(checkpoint: Checkpoint, output: Output, force: Force = False) -> None:
+    """Keep what ternary maps compute with, in 2 bits a weight, and give up what they learn with."""
+    from ..checkpoints.files import check_target
+    from ..checkpoints.packing import pack_checkpoint
+    from .tables import stage_row
+
+    check_target(output, force=force)
+    before = stage_row("before", checkpoint)  # with --force the output may be the checkpoint itself
+    pack_checkpoint(checkpoint, output, force=force)
+    _report(make_console(), before, stage_row("after", output), output=output)
 
 
 @groups.command()

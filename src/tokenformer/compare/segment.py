@@ -23,6 +23,7 @@ from ..data.order import Reading
 from ..data.text import TextData
 from ..evaluation import Evaluation
 from ..growth.freeze import freeze_only
+from ..growth.neurons import group_neurons
 from ..training.log import Log, finite, read_log
 from ..training.recipe import TrainingSection
 from ..training.settings import StageSettings
@@ -107,7 +108,9 @@ def first_model(recipe: CompareRecipe, arm: str, text: Text) -> PreTrainedModel:
     """Make the model an arm begins with, of random weights."""
     model, where = recipe.arms[arm].model, f"arms.{arm}.model"
     config = first_config(model, text.report, context=recipe.training.sequence_length, where=where)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    group_neurons(made)
+    return made
 
 
 def initial_line(recipe: CompareRecipe, arm: str, text: Text) -> Line:

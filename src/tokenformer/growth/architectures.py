@@ -34,12 +34,14 @@ class GroupEntry:
         counts: its parameter tokens for each projection that can have some; 0 where one is not named.
         blocks: numbers of the blocks that came with it, and go with it.
         routed: whether gates decide for each text token if it takes part.
+        weights: how its keys and values are kept, one of `models.ternary.WEIGHTS`.
     """
 
     name: str
     counts: Mapping[str, Count]
     blocks: tuple[int, ...] = ()
     routed: bool = False
+    weights: str = "float"
 
     @classmethod
     def from_config(cls, entry: Mapping[str, Any]) -> GroupEntry:
@@ -47,9 +49,10 @@ class GroupEntry:
         counts = {
             key: tuple(count) if isinstance(count, list) else count
             for key, count in entry.items()
-            if key not in ("name", "blocks", "routed")
+            if key not in ("name", "blocks", "routed", "weights")
         }
-        return cls(entry["name"], counts, tuple(entry.get("blocks", ())), bool(entry.get("routed")))
+        blocks, routed = tuple(entry.get("blocks", ())), bool(entry.get("routed"))
+        return cls(entry["name"], counts, blocks, routed, entry.get("weights", "float"))
 
     def to_config(self) -> dict[str, Any]:
         """Return the entry that `from_config` reads: plain types, one number where all blocks have the same."""
@@ -60,6 +63,7 @@ class GroupEntry:
         return {
             **entry,
             **({"routed": True} if self.routed else {}),
+            **({} if self.weights == "float" else {"weights": self.weights}),
             **({"blocks": list(self.blocks)} if self.blocks else {}),
         }
 
@@ -79,7 +83,7 @@ class GroupEntry:
             projection: count if isinstance(count, int) else tuple(count[block] for block in blocks)
             for projection, count in self.counts.items()
         }
-        return GroupEntry(self.name, counts, tuple(blocks.index(block) for block in self.blocks), self.routed)
+        return replace(self, counts=counts, blocks=tuple(blocks.index(block) for block in self.blocks))
 
 
 _GATED = Architecture(
@@ -199,7 +203,13 @@ def token_groups(config: PreTrainedConfig) -> list[GroupEntry]:
     if listed:
         return [GroupEntry.from_config(entry) for entry in listed]
     row = architecture_of(config)
-    return [GroupEntry(BASE_GROUP, {projection: row.count_of(config, projection) for projection in row.counts})]
+    counts = {projection: row.count_of(config, projection) for projection in row.counts}
+    return [GroupEntry(BASE_GROUP, counts, weights=weights_of(config))]
+
+
+def weights_of(config: PreTrainedConfig) -> str:
+    """Return how the linear maps in a model's blocks are kept, and new token groups unless they say otherwise."""
+    return getattr(config, "weights", "float")
 
 
 def group_names(config: PreTrainedConfig) -> list[str]:

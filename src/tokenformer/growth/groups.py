@@ -85,8 +85,8 @@ def consolidate(model: PreTrainedModel, names: Iterable[str] | None = None, *, n
         name: of the one; default that of the first.
 
     Raises:
-        GrowthError: an unknown group, fewer than two, groups that are routed or normalised each by itself (one group
-            could not do what they do), or that came with blocks. The model is then untouched.
+        GrowthError: an unknown group, fewer than two, groups that are routed, ternary or normalised each by itself
+            (one group could not do what they do), or that came with blocks. The model is then untouched.
     """
     operation = consolidate_operation(model.config, names, name=name)
     check_plain(model, operation.arguments["groups"])
@@ -107,6 +107,12 @@ def consolidate_operation(
         raise GrowthError(
             f"token group {', '.join(routed)} is routed: for some text it takes part and for some not, which one group "
             "cannot do; consolidate the others, or drop it"
+        )
+    scaled = [group.name for group in chosen if group.weights != "float"]
+    if scaled:
+        raise GrowthError(
+            f"token group {', '.join(scaled)} is ternary, with scales of its own; one group has one scale for its keys "
+            "and one for its values, so the outputs would change. Consolidate the others, or keep it as it is"
         )
     if len(chosen) < 2:
         raise GrowthError(f"consolidating takes at least two token groups; asked for {', '.join(wanted)}")
@@ -247,6 +253,12 @@ def merge_operation(
         raise GrowthError(f"two token groups would have one name: {', '.join(new.values())}; choose another in rename")
     if not new:
         raise GrowthError(f"there is nothing to merge: both models have the token groups {', '.join(ours)}")
+    packed = [old for old in new if theirs[old].weights == "packed"]
+    if packed:
+        raise GrowthError(
+            f"token group {', '.join(packed)} is packed in 2 bits, and a pack stays where it is; merge or attach what "
+            "it was packed from"
+        )
     owners = [old for old in new if theirs[old].blocks]
     if owners:
         raise GrowthError(f"token group {', '.join(owners)} came with blocks of its own, which cannot be merged")

@@ -15,7 +15,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import GrowthError
 from ..models.names import PROJECTIONS
 from ..models.token_group import default_tau, draw_tokens, zero_of_new_group
-from .architectures import GroupEntry, Groups, architecture_of, check_new, group_names, token_groups, with_groups
+from .architectures import (
+    GroupEntry,
+    Groups,
+    architecture_of,
+    check_new,
+    group_names,
+    token_groups,
+    weights_of,
+    with_groups,
+)
 from .beside import all_group_names, check_new_beside, fresh_name, grow_beside, names_beside
 from .layout import TokenMap
 from .neurons import refuse_unless_plain
@@ -36,6 +45,7 @@ def grow(
     num_hidden_layers: Amount | None = None,
     name: str | None = None,
     norm: str | None = None,
+    weights: str | None = None,
     seed: int | None = None,
 ) -> None:
     """Grow `model` in place to the totals given; logits stay bit for bit the same in every dtype.
@@ -65,6 +75,8 @@ def grow(
         name: of the new group; default "grown1", "grown2", ….
         norm: "joint" or "per_group": one norm over all token groups or one each, where the model has one group and both
             compute the same.
+        weights: how the new group's keys and values are kept: "float", or "ternary": {-1, 0, 1} · one scale for the
+            keys and one for the values of each map, beside 8-bit inputs. Default: as the model's linear maps are.
         seed: of the new random values; the same on disk and in memory. Default: drawn from torch's.
 
     Raises:
@@ -82,8 +94,11 @@ def grow(
         "ffn_param_tokens": ffn_param_tokens,
         "num_hidden_layers": num_hidden_layers,
         "norm": norm,
+        "weights": weights,
     }
     if at is not None:
+        if weights is not None:
+            raise GrowthError(f"weights is {weights!r}, but tokens beside linear maps are float; leave it out")
         more = [field for field, amount in sizes.items() if amount is not None]
         if more:
             raise GrowthError(f"at puts tokens beside linear maps; grow {', '.join(more)} in a call of its own")
@@ -116,6 +131,7 @@ def grow_operation(
     num_hidden_layers: Amount | None = None,
     name: str | None = None,
     norm: str | None = None,
+    weights: str | None = None,
     **param_tokens: Amount | None,
 ) -> Operation:
     """Return what `grow` does; every new tensor is drawn from `seed` and its own place alone.
@@ -124,7 +140,7 @@ def grow_operation(
         config: of the model.
         seed: of the random values.
         dtype, device: of the new tensors.
-        preset, num_hidden_layers, name, norm, param_tokens: as for `grow`.
+        preset, num_hidden_layers, name, norm, weights, param_tokens: as for `grow`.
 
     Raises:
         GrowthError: as `grow`.
@@ -167,12 +183,20 @@ def grow_operation(
         raise GrowthError(f"cannot add blocks to this {config.model_type!r} model: {reason}")
     sources = [i for i in blocks for _ in range(1 + (i + 1) * (total - depth) // depth - i * (total - depth) // depth)]
     silent = [i for i, source in enumerate(sources) if i and sources[i - 1] == source]
+    if silent and "packed" in (weights_of(config), *(group.weights for group in groups)):
+        raise GrowthError(
+            "cannot add blocks: they begin with last maps of zero, and this model's are packed in 2 bits; grow the "
+            "checkpoint from before it was packed"
+        )
     new = _group_name(config, name)
+    kept = _weights(config, weights)
     more: dict[str, Any] = {"token_group_norm": chosen} if chosen is not None else {}
     for projection, count in added.items():
         if count and not current[f"{projection}_param_tokens"]:
             more[f"{projection}_tau"] = default_tau(count, config.norm_activation_type)
-    grown = with_groups(config, [*groups, GroupEntry(new, {**added})], blocks=sources if silent else None, **more)
+    grown = with_groups(
+        config, [*groups, GroupEntry(new, {**added}, weights=kept)], blocks=sources if silent else None, **more
+    )
     if silent:
         grown.token_groups[-1]["blocks"] = silent
 
@@ -192,7 +216,7 @@ def grow_operation(
             tokens = _new_neurons(token_map, count, next(iter(old.values())), generator)
         return {**old, new: tokens}
 
-    wanted = {"preset": preset, **asked, "name": new, "norm": norm}
+    wanted = {"preset": preset, **asked, "name": new, "norm": norm, "weights": weights}
     arguments = {field: amount for field, amount in wanted.items() if amount is not None}
     return Operation(
         "grow", grown, change, sources, moments=unchanged, silent=silent, keeps_outputs=True, arguments=arguments
@@ -281,6 +305,13 @@ def _group_norm(config: PreTrainedConfig, groups: list[GroupEntry], asked: str |
             "can be chosen while there is one group"
         )
     return asked
+
+
+def _weights(config: PreTrainedConfig, asked: str | None) -> str:
+    if asked not in (None, "float", "ternary"):
+        raise GrowthError(f"weights is {asked!r}; it must be float or ternary")
+    # What is packed does not learn, and what is new must.
+    return asked or ("float" if weights_of(config) == "float" else "ternary")
 
 
 def _preset_totals(config: PreTrainedConfig, preset: str) -> dict[str, Amount | None]:

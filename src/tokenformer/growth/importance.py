@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..batches import batches
 from ..errors import GrowthError
 from ..models.pattention import Pattention
-from .architectures import architecture_of, places
+from .architectures import architecture_of, places, token_groups
 from .layout import TokenMap
 from .neurons import GroupedLinear, group_neurons
 from .operations import read_groups
@@ -80,8 +80,15 @@ def watched_weights(model: PreTrainedModel, see: See) -> Iterator[None]:
     from then on, as `group_neurons` does.
 
     Raises:
-        GrowthError: no row in the table of architectures, or an ordinary model's maps are not plain.
+        GrowthError: no row in the table of architectures, an ordinary model's maps are not plain, or token groups that
+            are packed.
     """
+    packed = [group.name for group in token_groups(model.config) if group.weights == "packed"]
+    if packed:
+        raise GrowthError(
+            f"token group {', '.join(packed)} is packed in 2 bits, so that its parameter tokens cannot be looked into; "
+            "take the checkpoint that it was packed from"
+        )
     group_neurons(model)
     blocks = architecture_of(model.config).blocks_of(model)
     with ExitStack() as undo:

@@ -162,6 +162,8 @@ def pattention_map(name: str, projection: str) -> TokenMap:
         Part(f"{group}.keys.weight", 0),
         Part(f"{group}.keys.bias", 0),
         Part(f"{group}.values.weight", 1),
+        Part(f"{group}.keys.weight_scale", None),  # of what is packed
+        Part(f"{group}.values.weight_scale", None),
         Part(f"{name}.gates.{{group}}.weight", None),
         Part(f"{name}.gates.{{group}}.bias", None),
     )

@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import GrowthError
 from ..models.fused import why_not_plain
-from .architectures import architecture_of, places, token_groups
-from .sites import move_tokens
+from ..models.ternary import PackedLinear, TernaryLinear, make_linear
+from .architectures import architecture_of, places, token_groups, weights_of
+from .sites import linear_maps, move_tokens
 
 
 class GroupedLinear(nn.Module):
@@ -28,9 +29,12 @@ class GroupedLinear(nn.Module):
         linear: nn.Linear or transformers' Conv1D.
         counts: neurons of each group, in their order in `linear`.
         values: the neurons are its inputs (the groups' outputs are added) rather than its outputs (concatenated).
+        weights: how the maps of each group are kept, one of `models.ternary.WEIGHTS`; default "float".
     """
 
-    def __init__(self, linear: Any, counts: Mapping[str, int], *, values: bool) -> None:
+    def __init__(
+        self, linear: Any, counts: Mapping[str, int], *, values: bool, weights: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__()
         refuse_unless_plain(linear, "tell the neurons of token groups apart")
         self.axis, self.transposed = int(values), isinstance(linear, Conv1D)
@@ -40,7 +44,8 @@ class GroupedLinear(nn.Module):
         biases = [None] * len(counts) if values or linear.bias is None else linear.bias.split(list(counts.values()))
         with torch.no_grad():
             for name, w, b in zip(counts, weight.split(list(counts.values()), self.axis), biases, strict=True):
-                self.set_group(name, w.contiguous().clone(), None if b is None else b.clone())
+                kept = (weights or {}).get(name, "float")
+                self.set_group(name, w.contiguous().clone(), None if b is None else b.clone(), kept)
         self.requires_grad_(linear.weight.requires_grad)
         self.register_state_dict_post_hook(_join)
         self.register_load_state_dict_pre_hook(_split)
@@ -61,10 +66,10 @@ class GroupedLinear(nn.Module):
     def _maps(self) -> list[Any]:
         return list(self.groups.values())
 
-    def set_group(self, name: str, weight: Tensor, bias: Tensor | None = None) -> None:
+    def set_group(self, name: str, weight: Tensor, bias: Tensor | None = None, weights: str = "float") -> None:
         """Append or replace a group: weight `[n, D]` and bias `[n]` of keys, weight `[E, n]` of values."""
         with torch.device("meta"):
-            group = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+            group = make_linear(weight.shape[1], weight.shape[0], bias=bias is not None, weights=weights)
         group.weight = as_parameter(weight)
         if bias is not None:
             group.bias = as_parameter(bias)
@@ -77,7 +82,10 @@ class GroupedLinear(nn.Module):
             return torch.cat([m(x) for m in maps], dim=-1) if len(maps) > 1 else maps[0](x)
         # Contiguous, and the bias as nn.Linear adds it: else the same numbers take other paths and round otherwise.
         first, *rest = (h.contiguous() for h in x.split([m.weight.shape[1] for m in maps], dim=-1))
-        out = F.linear(first, maps[0].weight, self.bias)
+        if type(maps[0]) is TernaryLinear:
+            out = maps[0](first) if self.bias is None else maps[0](first) + self.bias
+        else:
+            out = F.linear(first, maps[0].weight, self.bias)
         for m, h in zip(maps[1:], rest, strict=True):
             out = out + m(h)
         return out
@@ -90,9 +98,12 @@ class UnfusedLinear(nn.Module):
         linear: the map.
         counts: neurons of each group, in their order in every one of the maps.
         names: of the maps, which become submodules.
+        weights: as for `GroupedLinear`.
     """
 
-    def __init__(self, linear: Any, counts: Mapping[str, int], names: Sequence[str]) -> None:
+    def __init__(
+        self, linear: Any, counts: Mapping[str, int], names: Sequence[str], *, weights: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__()
         refuse_unless_plain(linear, "tell the neurons of token groups apart")
         self.names = tuple(names)
@@ -103,7 +114,7 @@ class UnfusedLinear(nn.Module):
             piece.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
             if bias is not None:
                 piece.bias = nn.Parameter(bias)
-            self.add_module(name, GroupedLinear(piece, counts, values=False))
+            self.add_module(name, GroupedLinear(piece, counts, values=False, weights=weights))
         self.register_state_dict_post_hook(_fuse)
         self.register_load_state_dict_pre_hook(_unfuse)
 
@@ -130,42 +141,57 @@ def group_neurons(model: PreTrainedModel) -> None:
     """Keep the neurons of an ordinary transformer by token group, in place; a TokenFormer has its groups already.
 
     Outputs stay what they were: bit for bit where one group is all there is, else, and for Conv1D and fused maps, to
-    rounding.
+    rounding. Where the configuration says that weights are ternary, they are from then on.
 
     Raises:
-        GrowthError: no row in the table, or maps that are not plain (LoRA, quantised). The model is then untouched.
+        GrowthError: no row in the table, or maps that are not plain (LoRA, quantised), or ternary ones wanted of
+            GPT-2's kind. The model is then untouched.
     """
     config = model.config
     row = architecture_of(config)
     if row.has_pattention:
         return
+    if weights_of(config) == "ternary" and any(part.transposed for m in row.maps for part in m.parts):
+        raise GrowthError(
+            f"weights are ternary, but the linear maps of a {config.model_type!r} model are transformers' Conv1D, "
+            "which has no ternary form here; take another architecture, or ternary token groups alone: grow(…, "
+            'weights="ternary")'
+        )
     groups = token_groups(config)
+    weights = {group.name: group.weights for group in groups}
     blocks = row.blocks_of(model)
     found: list[tuple[nn.Module, str, nn.Module]] = []
     for block, token_map in places(config):
         counts = {group.name: group.count(token_map.projection, block) for group in groups}
-        weights = [part for part in token_map.parts if part.tensor.endswith(".weight")]
-        for name in dict.fromkeys(part.stored.removesuffix(".weight") for part in weights):
-            inside = [part for part in weights if part.stored == f"{name}.weight"]
+        parts = [part for part in token_map.parts if part.tensor.endswith(".weight")]
+        for name in dict.fromkeys(part.stored.removesuffix(".weight") for part in parts):
+            inside = [part for part in parts if part.stored == f"{name}.weight"]
             linear = blocks[block].get_submodule(name)
             if isinstance(linear, (GroupedLinear, UnfusedLinear)):
                 continue
             if inside[0].fused:
                 pieces = [part.tensor.removeprefix(f"{name}.").removesuffix(".weight") for part in inside]
-                found.append((blocks[block], name, UnfusedLinear(linear, counts, pieces)))
+                found.append((blocks[block], name, UnfusedLinear(linear, counts, pieces, weights=weights)))
             else:
-                found.append((blocks[block], name, GroupedLinear(linear, counts, values=inside[0].axis == 1)))
+                values = inside[0].axis == 1
+                found.append((blocks[block], name, GroupedLinear(linear, counts, values=values, weights=weights)))
     for parent, name, grouped in found:
         move_tokens(parent.get_submodule(name), grouped)
         parent.set_submodule(name, grouped)
         if isinstance(grouped, UnfusedLinear):
             for activation in (m.activation for m in row.maps if m.activation):
                 parent.get_submodule(activation).register_forward_pre_hook(_close_together)
+    if weights_of(config) == "ternary":
+        for linear in linear_maps(blocks).values():
+            if type(linear) is nn.Linear:
+                linear.__class__ = TernaryLinear  # so it stays the object that it is, with its hooks
 
 
 def refuse_unless_plain(linear: nn.Module, doing: str) -> None:
     """Raise GrowthError, saying what could not be done, unless a linear map is its weights and nothing else."""
-    reason = why_not_plain(linear, kinds=(nn.Linear, Conv1D, GroupedLinear))
+    reason = why_not_plain(linear, kinds=(nn.Linear, TernaryLinear, Conv1D, GroupedLinear))
+    if isinstance(linear, PackedLinear):
+        raise GrowthError(f"cannot {doing}: it is packed in 2 bits; work on the checkpoint from before it was packed")
     if reason is not None:
         raise GrowthError(
             f"cannot {doing}: {reason}; merge adapters first (merge_and_unload of peft), and work on the model before "

@@ -123,7 +123,7 @@ def read_groups(block: nn.Module, token_map: TokenMap) -> Groups:
         except AttributeError:  # a Pattention without gates
             continue
         for name, owner in owners.items():
-            tensor = getattr(owner.get_submodule(after.rpartition(".")[0]), after.rpartition(".")[2])
+            tensor = getattr(owner.get_submodule(after.rpartition(".")[0]), after.rpartition(".")[2], None)
             if tensor is not None:
                 groups.setdefault(name, {})[part.tensor] = tensor
     return groups
@@ -151,11 +151,16 @@ def _write_groups(block: nn.Module, token_map: TokenMap, groups: Groups, config:
     frozen = {name for name, tensors in old.items() if not any(_trains(t) for t in tensors.values())}
     frozen |= set(frozen_names(config))
     kept = [name for name, tensors in groups.items() if name in old and _same(tensors, old[name])]
+    weights = {group.name: group.weights for group in token_groups(config)}
     if isinstance(layer, Pattention):
         layer.tau = getattr(config, f"{token_map.projection}_tau")
         layer.token_group_norm = config.token_group_norm
-        modules = {name: layer.groups[name] if name in kept else _token_group(layer, t) for name, t in groups.items()}
-        layer.groups = nn.ModuleDict(modules)
+        layer.groups = nn.ModuleDict(
+            {
+                name: layer.groups[name] if name in kept else _token_group(layer, tensors, weights[name])
+                for name, tensors in groups.items()
+            }
+        )
         for name in [name for name in layer.gates if name not in kept]:
             del layer.gates[name]
         for name, tensors in groups.items():
@@ -173,26 +178,26 @@ def _write_groups(block: nn.Module, token_map: TokenMap, groups: Groups, config:
             if name in kept:
                 linear.groups[name] = before[name]
             else:
-                linear.set_group(name, tensors[f"{module}.weight"], tensors.get(f"{module}.bias"))
+                linear.set_group(name, tensors[f"{module}.weight"], tensors.get(f"{module}.bias"), weights[name])
                 if name in frozen:
                     linear.groups[name].requires_grad_(False)
 
 
-def _token_group(layer: Pattention, tensors: dict[str, Tensor]) -> TokenGroup:
+def _token_group(layer: Pattention, tensors: dict[str, Tensor], weights: str) -> TokenGroup:
     by_leaf = {".".join(part.split(".")[-2:]): tensor for part, tensor in tensors.items() if ".gates." not in part}
-    keys = by_leaf["keys.weight"]
     with torch.device("meta"):
         group = TokenGroup(
             layer.in_features,
             layer.out_features,
-            len(keys),
+            by_leaf["values.weight"].shape[1],
             bias="keys.bias" in by_leaf,
-            dtype=keys.dtype,
+            weights=weights,
             **layer.stds,
         )
     for name, tensor in by_leaf.items():
         module, _, leaf = name.partition(".")
-        setattr(group.get_submodule(module), leaf, as_parameter(tensor))
+        owner = group.get_submodule(module)
+        setattr(owner, leaf, tensor if leaf in owner._buffers else as_parameter(tensor))
     return group.train(layer.training)
 
 

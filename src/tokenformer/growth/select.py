@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..errors import GrowthError
 from .architectures import Count, Groups, architecture_of, places, token_groups, with_groups
 from .importance import check_kept, kept, measure, ranked, share_of
 from .layout import TokenMap
@@ -39,6 +40,7 @@ def prune(model: PreTrainedModel, blocks: Any, *, keep: float, scope: str = "lay
 def prune_operation(model: PreTrainedModel, blocks: Any, *, keep: float, scope: str = "layer") -> Operation:
     """Return what `prune` does to this model, judged by `blocks`."""
     check_kept(keep, scope)  # before the model runs
+    check_scales(model.config, "prune")
     indices = kept(measure(model, blocks), keep, scope=scope)
     return select_operation(model.config, indices, "prune", {"keep": keep, "scope": scope})
 
@@ -57,6 +59,7 @@ def sort(model: PreTrainedModel, blocks: Any) -> None:
 
 def sort_operation(model: PreTrainedModel, blocks: Any) -> Operation:
     """Return what `sort` does to this model, judged by `blocks`."""
+    check_scales(model.config, "sort")
     operation = select_operation(model.config, ranked(measure(model, blocks)), "sort", {})
     return replace(operation, keeps_outputs=True)
 
@@ -82,6 +85,7 @@ def shrink_operation(config: PreTrainedConfig, keep: float) -> Operation:
 
 def select_operation(config: PreTrainedConfig, indices: Indices, name: str, arguments: dict[str, Any]) -> Operation:
     """Return the operation that keeps these parameter tokens in this order."""
+    check_scales(config, name)
     row = architecture_of(config)
     depth = row.depth_of(config)
     # Every map of a projection keeps as many.
@@ -105,6 +109,16 @@ def select_operation(config: PreTrainedConfig, indices: Indices, name: str, argu
         }
 
     return Operation(name, with_groups(config, groups), change, range(depth), arguments=arguments)
+
+
+def check_scales(config: PreTrainedConfig, doing: str) -> None:
+    """Raise GrowthError, saying what could not be done, where a token group is ternary."""
+    scaled = [group.name for group in token_groups(config) if group.weights != "float"]
+    if scaled:
+        raise GrowthError(
+            f"cannot {doing}: token group {', '.join(scaled)} is ternary, and its scale is the mean over all its "
+            "parameter tokens, so that what is left would compute something else. Drop whole groups instead"
+        )
 
 
 def _take(tensor: Tensor, axis: int | None, index: Tensor) -> Tensor:

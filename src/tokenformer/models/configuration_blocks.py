@@ -18,10 +18,11 @@ from .pattention import (
     TOKEN_GROUP_NORMS,
     check_choice,
 )
+from .ternary import WEIGHTS
 from .token_group import check_group, default_tau
 
 # What an entry of token_groups may say beside its name and counts, where it is so.
-_GROUP_NOTES = ("routed", "blocks")
+_GROUP_NOTES = ("routed", "blocks", "weights")
 
 
 @strict
@@ -36,7 +37,8 @@ class TokenformerBlocksConfig(PreTrainedConfig):
             A projection with 0 is a plain bias-free linear map.
         token_groups: the groups in the order in which they were added, `{"name": …, "qkv": n, "output": n, "ffn": n}`
             each, n being one number or a list with one for every block; `"routed": True` where gates decide for each
-            text token whether the group takes part; `"blocks"` numbers those that were added with it.
+            text token whether the group takes part; `"blocks"` numbers those that were added with it; `"weights"` says
+            how its keys and values are kept, where not as `float`.
             Default: one group "base" with the counts above. Where given it decides; the counts follow from it.
         linear_projections: those of "qkv", "output", "ffn" that hold a linear map, with or without tokens beside it.
             Default: those without tokens.
@@ -45,6 +47,9 @@ class TokenformerBlocksConfig(PreTrainedConfig):
         norm_activation_type: `l2_norm_gelu`, `gelu_l2_norm`, `gelu_l1_norm`, `softmax`, or `gelu`: no
             normalisation.
         token_group_norm: `joint` or `per_group`: what the scores of a group are normalised with.
+        weights: how the linear maps in the blocks are kept, and keys and values of a group "base" that follows from the
+            counts: `float`; `ternary`, {-1, 0, 1} · one scale for each map, beside 8-bit inputs; or `packed`, which are
+            ternary ones in 2 bits that no longer train.
         pattention_bias: whether every key and every projection's output has a bias.
         use_parallel_residual: whether attention and feed-forward both read the block's input, as in GPT-NeoX.
         use_qk_norm: whether each head's query and key are divided by their root mean square, without parameters.
@@ -84,6 +89,7 @@ class TokenformerBlocksConfig(PreTrainedConfig):
     ffn_tau: float | None = None
     norm_activation_type: str = "l2_norm_gelu"
     token_group_norm: str = "joint"
+    weights: str = "float"
     pattention_bias: bool = False
     use_parallel_residual: bool = False
     use_qk_norm: bool = False
@@ -103,6 +109,8 @@ class TokenformerBlocksConfig(PreTrainedConfig):
         if self.token_groups is None:
             sizes = {"qkv": 768, "output": 768, "ffn": 3072}
             self.token_groups = [{"name": BASE_GROUP} | {p: sizes[p] if asked[p] is None else asked[p] for p in sizes}]
+            if self.weights != "float":
+                self.token_groups[0]["weights"] = self.weights
         self.token_groups = [
             {"name": g["name"], **{p: g.get(p, 0) for p in PROJECTIONS}, **{k: g[k] for k in _GROUP_NOTES if g.get(k)}}
             for g in self.token_groups
@@ -131,6 +139,9 @@ class TokenformerBlocksConfig(PreTrainedConfig):
             )
         check_choice("norm_activation_type", self.norm_activation_type, NORM_ACTIVATION_TYPES)
         check_choice("token_group_norm", self.token_group_norm, TOKEN_GROUP_NORMS)
+        for group in self.token_groups or []:
+            check_choice(f"weights of token group {group['name']!r}", group.get("weights", "float"), WEIGHTS)
+        check_choice("weights", self.weights, WEIGHTS)
         if self.value_initializer_range is not None and self.value_initializer_range <= 0:
             raise ValueError(
                 f"value_initializer_range is {self.value_initializer_range}; it must be positive, for growth adds zero "

@@ -50,6 +50,8 @@ def make_pattention(config: TokenformerBlocksConfig, projection: str, layer_idx:
         linear=projection in config.linear_projections,
         bias=config.pattention_bias,
         token_group_norm=config.token_group_norm,
+        weights=config.weights,
+        group_weights={group["name"]: group.get("weights", "float") for group in config.token_groups},
         key_std=config.initializer_range,
         value_std=config.value_std,
         linear_std=linear_std if writes else config.initializer_range,

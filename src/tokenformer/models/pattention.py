@@ -84,6 +84,9 @@ class Pattention(nn.Module):
         bias: give every key a bias, and the output one.
         token_group_norm: `joint`: one norm over the tokens of all groups; `per_group`: one for each, so that the layer
             is the sum of layers with one group.
+        weights: how maps are kept: `float`; `ternary`, {-1, 0, 1} · one scale for the keys and one for the values of
+            each group, beside 8-bit inputs; or `packed`, ternary in 2 bits, which do not train.
+        group_weights: how those of the groups named in it are, where that is another way.
         key_std, value_std, linear_std: standard deviation of a random key (officially 0.02), value and linear map.
 
     Raises:
@@ -105,6 +108,8 @@ class Pattention(nn.Module):
         linear: bool | None = None,
         bias: bool = False,
         token_group_norm: str = "joint",
+        weights: str = "float",
+        group_weights: Mapping[str, str] | None = None,
         key_std: float = 0.02,
         value_std: float = 0.02,
         linear_std: float = 0.02,
@@ -123,14 +128,19 @@ class Pattention(nn.Module):
         self.keep = 1.0
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         has_linear = not any(counts.values()) if linear is None else linear
-        self.linear = linear_map(in_features, out_features, linear_std, factory) if has_linear else None
+        self.linear = None
+        if has_linear:
+            self.linear = linear_map(in_features, out_features, linear_std, factory, weights=weights)
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, **factory)) if bias else None)
         self.groups = nn.ModuleDict()
         self.gates = nn.ModuleDict()
         for name, n in counts.items():
             check_group(name, n)
             if n:
-                self.groups[name] = TokenGroup(in_features, out_features, n, bias=bias, **self.stds, **factory)
+                kept = (group_weights or {}).get(name, weights)
+                self.groups[name] = TokenGroup(
+                    in_features, out_features, n, bias=bias, weights=kept, **self.stds, **factory
+                )
         self._set_default_tau()
         self.reset_parameters()
 
@@ -142,6 +152,11 @@ class Pattention(nn.Module):
     @property
     def _token_groups(self) -> list[TokenGroup]:
         return list(self.groups.values())  # type: ignore[arg-type]
+
+    @property
+    def _first(self) -> Tensor:
+        """The first parameter; where all maps are packed the first scale."""
+        return next(t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -159,6 +174,7 @@ class Pattention(nn.Module):
         num_tokens: int,
         generator: torch.Generator | None = None,
         *,
+        weights: str = "float",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -166,7 +182,7 @@ class Pattention(nn.Module):
 
         Beside existing tokens the new keys are zero and the values random; beside a linear map alone, where τ is set
         here, and under `per_group` the other way round: see `zero_of_new_group`. `generator`: of the random half.
-        `device`, `dtype`: by default those of the layer's first parameter.
+        `weights`: "float" or "ternary". `device`, `dtype`: by default those of the layer's first parameter.
 
         Raises:
             ValueError: name taken or impossible, count not positive, or `softmax` with tokens already there under a
@@ -184,13 +200,12 @@ class Pattention(nn.Module):
                 "and takes it from the old ones; grow an l2_norm_gelu or gelu_l2_norm layer instead"
             )
         if device is None or dtype is None:
-            like = next(self.parameters())
-            device, dtype = device or like.device, dtype or like.dtype
+            device, dtype = device or self._first.device, dtype or self._first.dtype
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         std = self.stds["value_std" if zero == "keys" else "key_std"]
         sizes = (self.in_features, self.out_features, num_tokens)
         keys, values = draw_tokens(*sizes, zero=zero, std=std, generator=generator, **factory)
-        group = TokenGroup(*sizes, **self.stds, device="meta")
+        group = TokenGroup(*sizes, weights=weights, **self.stds, device="meta")
         group.keys.weight, group.values.weight = nn.Parameter(keys), nn.Parameter(values)
         if self.bias is not None:
             group.keys.bias = nn.Parameter(torch.zeros(num_tokens, **factory))
@@ -205,8 +220,7 @@ class Pattention(nn.Module):
         """
         if name not in self.groups:
             raise ValueError(f"there is no token group {name!r} to route; there are {', '.join(self.groups) or 'none'}")
-        like = next(self.parameters())
-        self.gates[name] = Gate(self.in_features, device=like.device, dtype=like.dtype)
+        self.gates[name] = Gate(self.in_features, device=self._first.device, dtype=self._first.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Project `x` `[*, D]` to `[*, E]`, same dtype (autocast's dtype under autocast)."""

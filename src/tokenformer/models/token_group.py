@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ternary import make_linear
+
 # What a model has beside token groups, in the words in which a recipe freezes it.
 _OTHER_PARTS = ("embedding", "final_norm", "linear_maps")
 
@@ -56,7 +58,8 @@ def draw_tokens(
 class TokenGroup(nn.Module):
     """n parameter tokens: `keys` (weight `[n, D]`, a row a key) and `values` (weight `[E, n]`, a column a value).
 
-    `tau` is its own constant τ where each group has a norm of its own; None: the layer's.
+    `weights`, one of `ternary.WEIGHTS`, says how both are kept. `tau` is its own constant τ where each group has a norm
+    of its own; None: the layer's.
     """
 
     tau: float | None = None
@@ -70,11 +73,12 @@ class TokenGroup(nn.Module):
         key_std: float,
         value_std: float,
         bias: bool = False,
+        weights: str = "float",
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.keys = linear_map(in_features, num_tokens, key_std, factory, bias=bias)
-        self.values = linear_map(num_tokens, out_features, value_std, factory)
+        self.keys = linear_map(in_features, num_tokens, key_std, factory, bias=bias, weights=weights)
+        self.values = linear_map(num_tokens, out_features, value_std, factory, weights=weights)
 
 
 class Gate(nn.Module):
@@ -128,8 +132,14 @@ def reset_linear(linear: nn.Linear) -> None:
 
 
 def linear_map(
-    in_features: int, out_features: int, std: float, factory: dict[str, Any], *, bias: bool = False
-) -> nn.Linear:
-    linear = nn.Linear(in_features, out_features, bias=bias, **factory)
-    linear.init_std = std  # type: ignore[assignment]
+    in_features: int,
+    out_features: int,
+    std: float,
+    factory: dict[str, Any],
+    *,
+    bias: bool = False,
+    weights: str = "float",
+) -> Any:
+    linear = make_linear(in_features, out_features, bias=bias, weights=weights, **factory)
+    linear.init_std = std
     return linear

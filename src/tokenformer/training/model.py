@@ -47,6 +47,9 @@ class ModelSection(Section):
     """Likewise of the attention's output."""
     ffn_tau: float | None = Field(None, gt=0)
     """Likewise of the feed-forward."""
+    weights: Literal["float", "ternary"] | None = None
+    """How the maps in the blocks are kept: float, or ternary: {-1, 0, 1} · one scale a map, beside 8-bit inputs. The
+    embedding, the head and the norms stay float. New token groups are as these unless their stage says otherwise."""
     elementwise_affine: bool | None = None
     """Give the norms in the blocks weights and biases. Default: no (paper)."""
     use_qk_norm: bool | None = None
@@ -91,7 +94,7 @@ class ModelSection(Section):
                 )
             kind.preset_sizes(self.preset)  # or says which there are
         # Without most of what every configuration has: `architectures`, a likely slip, is one of those.
-        known = {*kind.attribute_map, *_names(kind)} - (_names(PreTrainedConfig) - {"tie_word_embeddings"})
+        known = {*kind.attribute_map, *_names(kind), "weights"} - (_names(PreTrainedConfig) - {"tie_word_embeddings"})
         for name in sorted(self.model_fields_set - known - self._own()):
             near = difflib.get_close_matches(name, known | self._own(), n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -148,6 +148,8 @@ class Stage(Section):
     """Peak learning rate of this stage. Default: training.learning_rate."""
     norm: Literal["joint", "per_group"] | None = None
     """What the scores of a token group are normalised with, chosen while there is one: those of all, or its own."""
+    weights: Literal["float", "ternary"] | None = None
+    """How the keys and values that growing adds are kept. Default: as the model's maps are."""
     frozen: list[str] | None = None
     """What does not train in this stage: names of token groups, "embedding" (with the output head), "final_norm",
     "linear_maps" (all else in the blocks). Default: what `tokenformer freeze` froze in the checkpoint."""
@@ -170,8 +172,8 @@ class Stage(Section):
         """Keyword arguments for `grow`; empty where this stage does not grow."""
         fields = {"preset", "qkv_param_tokens", "output_param_tokens", "ffn_param_tokens", "num_hidden_layers"}
         asked = self.model_dump(include=fields, exclude_none=True)
-        norm = {"norm": self.norm} if self.norm else {}
-        return {**asked, "name": self.name, **norm} if asked else {}
+        how = self.model_dump(include={"norm", "weights"}, exclude_none=True)
+        return {**asked, "name": self.name, **how} if asked else {}
 
 
 class Recipe(Section):
@@ -214,6 +216,11 @@ class Recipe(Section):
         for i, stage in enumerate(self.stages):
             if stage.name is not None and not stage.growth:
                 raise ValueError(f"stages.{i} names a token group {stage.name!r} but adds no parameter tokens")
+            if stage.weights is not None and not stage.growth:
+                raise ValueError(
+                    f"stages.{i}.weights is {stage.weights}, but the stage adds no parameter tokens; those of the "
+                    "first model go into model.weights"
+                )
         return self
 
     @model_validator(mode="after")
