@@ -7,7 +7,7 @@ from tiny_models import SIZES, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from tokenformer import consolidate, drop, freeze, grow, load, merge, prune, save, shrink
+from tokenformer import consolidate, drop, freeze, grow, load, merge, prune, route, save, shrink, split
 from tokenformer.checkpoints.checkpoint import load_checkpoint
 from tokenformer.checkpoints.facts import checkpoint_facts
 from tokenformer.checkpoints.packing import pack_checkpoint
@@ -171,6 +171,12 @@ def two(weights="ternary"):
     return model
 
 
+def ternary_neurons():
+    model = ordinary()
+    grow(model, ffn_param_tokens="+8", name="more", weights="ternary")
+    return model
+
+
 BLOCKS = [{"input_ids": [1, 2, 3, 4]}]
 REFUSED = {
     "consolidate": (two, consolidate, "token group more is ternary, with scales of its own; .* outputs would change"),
@@ -187,6 +193,12 @@ REFUSED = {
         lambda: tiny("paper"),
         lambda m: merge(m, two_packed()),
         "token group more is packed in 2 bits, and a pack",
+    ),
+    "split packed": (packed, lambda m: split(m, "more", "more.safetensors"), "'more' is packed in 2 bits; split the"),
+    "route neurons": (
+        ternary_neurons,
+        lambda m: route(m, "more", BLOCKS, BLOCKS),
+        "'more' is ternary, and neurons that",
     ),
     "a word": (two, lambda m: grow(m, ffn_param_tokens="+8", weights="int3"), "weights is 'int3'; it must be float or"),
     "beside": (two, lambda m: grow(m, at="lm_head", tokens=4, weights="ternary"), "beside linear maps are float"),

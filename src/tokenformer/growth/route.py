@@ -118,6 +118,11 @@ def move_beside(model: PreTrainedModel, name: str) -> None:
             f"token group {name!r} came with blocks {', '.join(map(str, group.blocks))}, which gates cannot close; to "
             "route its neurons, grow neurons and blocks as two groups"
         )
+    if group.weights != "float":
+        raise GrowthError(
+            f"token group {name!r} is ternary, and neurons that are moved beside an MLP, where a gate can close them, "
+            "are float; grow float neurons, or ternary parameter tokens in a TokenFormer, whose gates are in place"
+        )
     if any("." not in token_map.name for token_map in row.maps):
         raise GrowthError(
             f"the blocks of a {config.model_type!r} model have no module for their MLP, beside which neurons with a "
