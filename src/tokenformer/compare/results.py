@@ -29,10 +29,14 @@ class Results:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "results.jsonl"
         self.lock = FileLock(folder / ".results.lock")
+        self._read: tuple[int, list[Line]] = 0, []
 
     def lines(self) -> list[Line]:
-        """Read all lines; what a kill cut short is left out."""
-        return read_results(self.path) if self.path.exists() else []
+        """Read all lines; what a kill cut short is left out. A file that has not become longer is not read again."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size != self._read[0]:
+            self._read = size, read_results(self.path)
+        return list(self._read[1])
 
     def add(self, *lines: Line) -> bool:
         """Add the lines that are not there yet; return whether there were any."""
