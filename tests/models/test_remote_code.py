@@ -14,7 +14,7 @@ from tiny_models import FAMILIES, images, tiny, tiny_vision, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, ViTImageProcessorPil
 
 import tokenformer
-from tokenformer import TokenformerForCausalLM, grow
+from tokenformer import TokenformerForCausalLM, grow, pack
 
 FILES = [
     "configuration_blocks.py",
@@ -23,6 +23,7 @@ FILES = [
     "modeling_tokenformer.py",
     "names.py",
     "pattention.py",
+    "ternary.py",
     "token_group.py",
 ]
 VISION_FILES = [*FILES, "configuration_tokenformer_vision.py", "modeling_tokenformer_vision.py"]
@@ -112,9 +113,12 @@ def run(tmp_path_factory):
 
 def test_loads_runs_and_saves_without_the_package_once_it_is_trusted(run, tmp_path):
     ids, models = tokens(), {}
-    for family in FAMILIES:
-        models[tmp_path / family] = model = tiny(family)
+    for family in (*FAMILIES, "packed"):
+        model = tiny("ffn", weights="ternary") if family == "packed" else tiny(family)
+        models[tmp_path / family] = model
         grow(model, ffn_param_tokens="+50%", num_hidden_layers="+1")
+        if family == "packed":
+            pack(model)
         model.save_pretrained(tmp_path / family)
     done = run(LOAD, *models)
     assert done.returncode == 0, done.stderr
