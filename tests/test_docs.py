@@ -164,9 +164,12 @@ def test_shell_commands(page, project):
 
 
 def test_the_curriculum_of_the_training_page_trains(project):
-    recipe, mixture = blocks(ROOT / "docs" / "verbs" / "train.md", "yaml")
+    recipe, mixture, addons = blocks(ROOT / "docs" / "verbs" / "train.md", "yaml")
     Path("curriculum.yaml").write_text(recipe.replace("0_000 ", "_000 "), encoding="utf-8")
     run("tokenformer train curriculum.yaml")
+    Path("addons.yaml").write_text(addons.replace("10_000", "1_000"), encoding="utf-8")
+    run("tokenformer train addons.yaml")
+    run("tokenformer inspect runs/addons/stage2")
     assert list(TextSection(**yaml.safe_load(mixture)).mixture) == ["notes", "shakespeare"]
 
 

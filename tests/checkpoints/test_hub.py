@@ -4,12 +4,13 @@ import json
 
 import pytest
 import yaml
+import zoo
 from hub_server import Hub, serve_hub, use_hub  # noqa: F401
 from tiny_models import tiny
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from tokenformer import grow
+from tokenformer import attach, grow, split
 from tokenformer.checkpoints.card import model_card
 from tokenformer.checkpoints.checkpoint import save_checkpoint
 from tokenformer.checkpoints.hub import push_to_hub
@@ -18,6 +19,7 @@ from tokenformer.checkpoints.optimizer import OPTIMIZER_FILE
 from tokenformer.cli import app as cli
 from tokenformer.data.tokenizer import make_tokenizer
 from tokenformer.errors import CheckpointError, HubError
+from tokenformer.growth.beside import names_beside
 
 
 def lineage():
@@ -114,4 +116,29 @@ def test_a_damaged_checkpoint_is_not_published(checkpoint, hub):
     weights.write_bytes(weights.read_bytes()[:-8] + b"\0" * 8)
     with pytest.raises(CheckpointError, match="is damaged"):
         push_to_hub(checkpoint, "someone/model")
+    assert not hub.files
+
+
+def test_an_add_on_is_published_without_this_machines_paths(tmp_path, hub):
+    zoo.make("bert").save_pretrained(tmp_path / "bert")
+    model = type(zoo.make("bert")).from_pretrained(tmp_path / "bert")
+    grow(model, at="query", tokens=4, name="legal")
+    split(model, "legal", tmp_path / "legal")
+    done = CliRunner().invoke(cli.app, ["push", str(tmp_path / "legal"), "someone/legal", "--license", "mit"])
+    assert done.exit_code == 0, done.output
+    assert set(hub.files) == {"addon_config.json", "addon_model.safetensors", "README.md"}
+    assert json.loads(hub.files["addon_config.json"])["base_model_name_or_path"] is None
+    card = hub.files["README.md"].decode()
+    assert yaml.safe_load(card.split("---")[1])["license"] == "mit" and str(tmp_path) not in card
+    (tmp_path / "fetched").mkdir()
+    for name, content in hub.files.items():
+        (tmp_path / "fetched" / name).write_bytes(content)
+    again = type(model).from_pretrained(tmp_path / "bert")
+    attach(again, tmp_path / "fetched")
+    assert names_beside(again) == ["legal"]
+    weights = tmp_path / "legal" / "addon_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8] + b"\1" * 8)
+    hub.files.clear()
+    with pytest.raises(CheckpointError, match="is damaged"):
+        push_to_hub(tmp_path / "legal", "someone/legal")
     assert not hub.files

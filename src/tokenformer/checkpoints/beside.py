@@ -8,7 +8,7 @@ legal/README.md                 the card
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pydantic
@@ -22,15 +22,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ..errors import CheckpointError, GrowthError
 from ..growth.architectures import group_names
-from ..growth.beside import SiteTokens, has_row, own_state, put_tokens, take_tokens
+from ..growth.beside import SiteTokens, has_row, names_beside, own_state, put_tokens, take_tokens
 from ..growth.groups import drop
 from ..growth.sequence import SequenceGate, sequence_gates
 from ..growth.state import check_finite, tensors_digest
 from ..units import counted
 from .files import replacing_folder
-from .verify import ADDON_CONFIG, CARD_FILE
+from .lineage import Lineage
+from .verify import (
+    ADDON_CONFIG,
+    ADDON_WEIGHTS,
+    CARD_FILE,
+    LINEAGE_FILE,
+    is_addon_folder,
+    other_digests,
+    stored_dtype,
+    weights_digest,
+)
 
-ADDON_WEIGHTS = "addon_model.safetensors"
 _GATE = ("gate.weight", "gate.bias")
 _SEQUENCE_GATE = ("sequence_gate.weight", "sequence_gate.bias")
 _PARENT, _OWN = "parent_sha256", "tensors_sha256"
@@ -80,8 +89,24 @@ class AddonConfig(pydantic.BaseModel):
     """Whether one gate decides for whole sequences."""
 
 
-def split_beside(model: nn.Module, name: str, output: str | Path, *, force: bool = False) -> Path:
-    """Write a token group beside the linear maps of a model to an add-on folder; errors as `split`."""
+def split_beside(
+    model: nn.Module,
+    name: str,
+    output: str | Path,
+    *,
+    force: bool = False,
+    base: str | None = None,
+    among: Sequence[str] = (),
+    extra: Callable[[Path], None] = lambda folder: None,
+) -> Path:
+    """Write a token group beside the linear maps of a model to an add-on folder; errors as `split`.
+
+    Args:
+        model, name, output, force: as for `split`.
+        base: where its parent is, from the folder's place or in full. Default: from where the model was loaded.
+        among: other groups beside the maps without which it is not what it was: they belong to its parent.
+        extra: may write further files into the folder before it gets its name.
+    """
     found = {_plain_name(site): tokens for site, tokens in take_tokens(model, name).items()}
     tensors = {f"{site}.{leaf}": t.contiguous() for site, of in found.items() for leaf, t in _leaves(of).items()}
     gate = sequence_gates(model).get(name)
@@ -90,17 +115,66 @@ def split_beside(model: nn.Module, name: str, output: str | Path, *, force: bool
     check_finite(tensors, f"token group {name!r}")
     config = AddonConfig(
         name=name,
-        base_model_name_or_path=_parent_name(model),
+        base_model_name_or_path=base or _parent_name(model),
         base_model_class=type(model).__name__,
         sites={site: _site(tokens) for site, tokens in found.items()},
         sequence_gate=gate is not None,
     )
-    facts = {_PARENT: json.dumps(_digests(model)), _OWN: tensors_digest(tensors)}
+    facts = {_PARENT: json.dumps(_digests(model, among)), _OWN: tensors_digest(tensors)}
     with replacing_folder(Path(output), force=force) as folder:
         save_file(tensors, folder / ADDON_WEIGHTS, metadata={"format": "pt", **facts})
         (folder / ADDON_CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        (folder / CARD_FILE).write_text(_card(config, sum(t.numel() for t in tensors.values())), encoding="utf-8")
+        (folder / CARD_FILE).write_text(addon_card(config, sum(t.numel() for t in tensors.values())), encoding="utf-8")
+        extra(folder)
     return Path(output)
+
+
+def save_stage(
+    target: Path, model: nn.Module, lineage: Lineage, *, parent: str | Path, extra: Callable[[Path], None]
+) -> None:
+    """Write the newest token group beside a model's maps as an add-on of what it was trained on, with its history.
+
+    Args:
+        target: the new folder.
+        model: as it was trained.
+        lineage: what happened up to here.
+        parent: checkpoint or add-on folder that training began with; an add-on of the same group is replaced by it.
+        extra: may write further files into the folder.
+
+    Raises:
+        CheckpointError: as `split`.
+    """
+    *among, name = names_beside(model)
+    base = Path(parent)
+    if is_addon_folder(base) and read_addon(base)[0].name == name:
+        base = parent_of(base)
+    beside = base.resolve().parent == target.resolve().parent
+
+    def add_files(folder: Path) -> None:
+        extra(folder)
+        digests = {"weights_sha256": weights_digest(folder), "files_sha256": other_digests(folder)}
+        written = lineage.model_copy(update={**digests, "dtype": stored_dtype(folder)})
+        (folder / LINEAGE_FILE).write_text(written.model_dump_json(indent=2, exclude_none=True) + "\n", "utf-8")
+
+    where = f"../{base.name}" if beside else str(base.resolve()) if base.exists() else str(base)
+    split_beside(model, name, target, base=where, among=among, extra=add_files)
+
+
+def parent_of(path: str | Path) -> Path:
+    """Return where an add-on's parent is, which may be another add-on or a name on the Hub.
+
+    Raises:
+        CheckpointError: the add-on cannot be read, or names none.
+    """
+    config, _, _ = read_addon(path)
+    parent = config.base_model_name_or_path
+    if parent is None:
+        raise CheckpointError(
+            f"add-on {path} does not say where its parent, a {config.base_model_class}, can be loaded from; load that "
+            f"yourself, and then tokenformer.attach(model, {str(path)!r})"
+        )
+    within = Path(path) / parent
+    return within if within.is_dir() else Path(parent)
 
 
 def attach_beside(model: nn.Module, path: str | Path, *, name: str | None = None) -> None:
@@ -142,18 +216,17 @@ def load_parent(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load the parent of an add-on as transformers does, in eval mode, and its tokenizer where it has one.
 
-    Neurons that were grown in an ordinary checkpoint and then routed are an add-on of that checkpoint without them.
+    The parent may be another add-on, of an earlier stage of training. Neurons that were grown in an ordinary checkpoint
+    and then routed are an add-on of that checkpoint without them.
 
     Raises:
         CheckpointError: no parent is named, or it is not where it was.
     """
-    config, _, _ = read_addon(path)
-    parent = config.base_model_name_or_path
-    if parent is None:
-        raise CheckpointError(
-            f"add-on {path} does not say where its parent, a {config.base_model_class}, can be loaded from; load that "
-            f"yourself, and then tokenformer.attach(model, {str(path)!r})"
-        )
+    config, parent = read_addon(path)[0], parent_of(path)
+    if is_addon_folder(parent):
+        model, tokenizer = load_parent(parent, dtype=dtype)
+        attach_beside(model, parent)
+        return model, tokenizer
     try:
         model, tokenizer = load_any(parent, config.base_model_class, dtype=dtype)
     except (OSError, ValueError) as error:
@@ -221,16 +294,22 @@ def _tokens(site: str, facts: Site, tensors: Mapping[str, Tensor]) -> SiteTokens
     return SiteTokens(facts.tau, maps, (gate[0], gate[1]) if gate else None)
 
 
-def _digests(model: nn.Module) -> dict[str, str]:
-    """Return a short digest of each of a model's own tensors, but of those that are quantised."""
+def _digests(model: nn.Module, among: Iterable[str] = ()) -> dict[str, str]:
+    """Return a short digest of each of a model's own tensors, but of those that are quantised, and of these groups."""
     plain = {_plain_name(name): t for name, t in own_state(model).items() if type(t) in (Tensor, nn.Parameter)}
     floating = {name: t for name, t in plain.items() if t.is_floating_point() and t.itemsize > 1}
-    return {name: tensors_digest({"": tensor.cpu()})[:16] for name, tensor in sorted(floating.items())}
+    digests = {name: tensors_digest({"": tensor.cpu()})[:16] for name, tensor in sorted(floating.items())}
+    return {**digests, **{f"token group {name}": _group_digest(model, name)[:16] for name in among}}
+
+
+def _group_digest(model: nn.Module, name: str) -> str:
+    sites = take_tokens(model, name).items()
+    return tensors_digest({f"{_plain_name(s)}.{leaf}": t.cpu() for s, of in sites for leaf, t in _leaves(of).items()})
 
 
 def _check_parent(model: nn.Module, parent: Mapping[str, str], config: AddonConfig, path: Path) -> None:
     """Refuse another model: what both have unquantised must be the same. What one has quantised cannot be compared."""
-    found = _digests(model)
+    found = _digests(model, names_beside(model))
     quantised = {_plain_name(name) for name in own_state(model)} - found.keys()
     shared = found.keys() & parent.keys()
     different = sorted(name for name in shared if found[name] != parent[name])
@@ -245,16 +324,22 @@ def _check_parent(model: nn.Module, parent: Mapping[str, str], config: AddonConf
     )
 
 
-def _card(config: AddonConfig, parameters: int) -> str:
+def addon_card(config: AddonConfig, parameters: int, *, license: str | None = None) -> str:
+    """Write the card of an add-on of so many parameters; `license` is its own, such as "apache-2.0"."""
     parent = config.base_model_name_or_path
-    listed = parent is not None and not Path(parent).is_absolute()
-    data = ModelCardData(library_name="tokenformer", base_model=parent if listed else None, tags=["tokenformer"])
+    named = None if parent is None or is_local(parent) else parent
+    data = ModelCardData(library_name="tokenformer", base_model=named, tags=["tokenformer"], license=license)
     return _CARD.format(
         metadata=data.to_yaml(),
         name=config.name,
-        parent=parent if listed else f"a {config.base_model_class}",
+        parent=named or f"a {config.base_model_class}",
         tokens=counted(sum(site.tokens for site in config.sites.values()), "parameter token"),
         sites=places(config),
         kind=config.base_model_class,
         parameters=parameters,
     )
+
+
+def is_local(parent: str) -> bool:
+    """Whether a parent's name is a path, which means something on one machine only."""
+    return Path(parent).is_absolute() or parent.startswith(".")

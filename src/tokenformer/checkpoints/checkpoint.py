@@ -53,6 +53,7 @@ from .verify import (
     is_addon_folder,
     is_old_buffer,
     other_digests,
+    read_lineage,
     stored_dtype,
     verify_checkpoint,
     weights_digest,
@@ -228,7 +229,7 @@ def _load_addon(
         raise GrowthError(f"keep is {keep}, but the tokens of add-on {path} lie beside linear maps and are in no order")
     model, tokenizer = load_parent(path, dtype=dtype)
     attach_beside(model, path)
-    return model, tokenizer, Lineage()
+    return model, tokenizer, read_lineage(path)
 
 
 def load_tokenizer(path: str | Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:

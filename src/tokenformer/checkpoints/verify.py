@@ -17,6 +17,7 @@ from .lineage import Lineage
 
 CONFIG_FILE = "config.json"
 ADDON_CONFIG = "addon_config.json"
+ADDON_WEIGHTS = "addon_model.safetensors"
 LINEAGE_FILE = "lineage.json"
 CARD_FILE = "README.md"
 OPTIMIZER_FILE = "optimizer.pt"
@@ -172,14 +173,16 @@ def weights_digest(path: str | Path) -> str:
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """List the weight files of a checkpoint by name: what transformers loads, and nothing that lies beside it.
+    """List the weight files of a checkpoint or add-on by name: what is loaded, and nothing that lies beside it.
 
     Raises:
         CheckpointError: one is missing, or the index that names them is damaged.
     """
     folder = Path(path)
     index = folder / INDEX_FILE
-    if (folder / WEIGHTS_FILE).exists() or not index.exists():
+    if is_addon_folder(folder):
+        names = [ADDON_WEIGHTS]
+    elif (folder / WEIGHTS_FILE).exists() or not index.exists():
         names = [WEIGHTS_FILE]
     else:
         try:

@@ -226,7 +226,7 @@ def _evaluate_images(
 
 @app.command()
 def push(
-    checkpoint: Checkpoint,
+    checkpoint: Model,
     repository: Annotated[str, typer.Argument(help="On the Hub: USER/NAME.", metavar="REPOSITORY")],
     license: Annotated[str | None, typer.Option(help="Of the weights, for the model card: apache-2.0, …")] = None,
     private: Annotated[bool, typer.Option("--private", help="Only you can see it, if it is new.")] = False,

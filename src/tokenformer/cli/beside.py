@@ -57,7 +57,8 @@ def route_beside(model: Any, group: str, own: Any, other: Any, output: Path, *, 
 def print_addon(console: "Console", path: Path, *, as_json: bool = False) -> None:
     """Show what an add-on holds, and beside which maps of which parent it belongs."""
     from ..checkpoints.beside import places, read_addon
-    from .tables import site_table
+    from ..checkpoints.verify import read_lineage
+    from .tables import lineage_table, site_table
 
     config, tensors, _ = read_addon(path)
     parameters = sum(tensor.numel() for tensor in tensors.values())
@@ -71,6 +72,9 @@ def print_addon(console: "Console", path: Path, *, as_json: bool = False) -> Non
         soft_wrap=True,
     )
     console.print(site_table(config.sites))
+    lineage = read_lineage(path)
+    if lineage.history:
+        console.print(lineage_table(lineage))
     if config.sequence_gate:
         console.print("One gate decides for each sequence whether the group takes part.")
 

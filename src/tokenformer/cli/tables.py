@@ -77,20 +77,28 @@ def stage_table(rows: Iterable[StageRow]) -> Table:
 
 
 def stage_row(label: str, folder: Path) -> StageRow:
-    """Say what a checkpoint is and has cost: sizes from its configuration, costs and losses from its lineage."""
+    """Say what a checkpoint or add-on is and has cost: sizes of its own, costs and losses from its lineage."""
     from .. import cost
+    from ..checkpoints.beside import read_addon
     from ..checkpoints.checkpoint import read_config
-    from ..checkpoints.verify import read_lineage
+    from ..checkpoints.verify import is_addon_folder, read_lineage
     from ..growth.architectures import architecture_of
 
-    config, last = read_config(folder), read_lineage(folder).last
+    last, sees = read_lineage(folder).last, False
+    if is_addon_folder(folder):
+        addon, tensors, _ = read_addon(folder)
+        groups = {addon.name: sum(site.tokens for site in addon.sites.values())}
+        parameters = sum(tensor.numel() for tensor in tensors.values())
+    else:
+        config = read_config(folder)
+        groups, parameters = cost.group_tokens(config), cost.parameters(config)
+        sees = architecture_of(config).auto == "AutoModelForImageClassification"
     read = short(last.text_tokens_seen or last.images_seen)
     spent = read, scientific(last.training_flops), f"{amount(last.training_seconds)} s"
-    sees = architecture_of(config).auto == "AutoModelForImageClassification"
     cells = (
         label,
-        "\n".join(f"{name} {count:,}" for name, count in cost.group_tokens(config).items()),
-        short(cost.parameters(config)),
+        "\n".join(f"{name} {count:,}" for name, count in groups.items()),
+        short(parameters),
         *(spent if last.training_flops else "–––"),  # nobody told what an ordinary checkpoint has cost
         _loss(last.loss),
         _share(last.accuracy) if sees else _loss(last.bits_per_byte),

@@ -59,7 +59,10 @@ def check_new_beside(model: nn.Module, name: str) -> None:
 def grow_beside(
     model: nn.Module, at: str | Mapping[str, int | None], tokens: int | None, *, name: str | None, seed: int
 ) -> None:
-    """Do what `grow(model, at=…)` does; errors as there. New tokens are drawn from `seed` and their own place alone."""
+    """Do what `grow(model, at=…)` does; errors as there. New tokens are drawn from `seed` and their own place alone.
+
+    On the meta device it rehearses: none are drawn.
+    """
     counts, taken = find_sites(model, at, tokens), all_group_names(model)
     name = fresh_name(taken) if name is None else name
     check_new_beside(model, name)
@@ -79,6 +82,11 @@ def parameters_beside(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         for name, group in layer.groups.items():
             found.setdefault(name, []).extend(group.parameters())
     return found
+
+
+def tokens_beside(model: nn.Module) -> dict[str, int]:
+    """Return the number of parameter tokens of each token group beside linear maps, over all of them."""
+    return {name: sum(found.count for found in take_tokens(model, name).values()) for name in names_beside(model)}
 
 
 def drop_beside(model: nn.Module, names: Collection[str]) -> None:

@@ -29,6 +29,7 @@ from .beside import all_group_names, check_new_beside, fresh_name, grow_beside, 
 from .layout import TokenMap
 from .neurons import refuse_unless_plain
 from .operations import Operation, apply, unchanged
+from .sites import check_whole
 
 Amount = int | str
 
@@ -102,6 +103,7 @@ def grow(
         more = [field for field, amount in sizes.items() if amount is not None]
         if more:
             raise GrowthError(f"at puts tokens beside linear maps; grow {', '.join(more)} in a call of its own")
+        check_whole(model)
         grow_beside(model, at, tokens, name=name, seed=drawn)
         return
     if tokens is not None:

@@ -125,7 +125,6 @@ def find_sites(model: nn.Module, at: str | Mapping[str, int | None], tokens: int
     Raises:
         GrowthError: as `grow`.
     """
-    check_whole(model)
     asked = dict(at) if isinstance(at, Mapping) else {at: tokens}
     if isinstance(at, Mapping) and tokens is not None:
         raise GrowthError(f"at says how many tokens each map gets, {dict(at)}; leave out tokens={tokens}")

@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..checkpoints.checkpoint import read_config
 from ..checkpoints.files import check_target, replacing_folder
+from ..checkpoints.verify import is_addon_folder
 from ..errors import CheckpointError, GrowthError, RecipeError
 from ..growth.architectures import architecture_of, auto_class, frozen_names
-from ..growth.freeze import freeze_only
+from ..growth.beside import grow_beside, names_beside
+from ..growth.freeze import freeze_only, trainable_parts
 from ..growth.grow import grow
 from .images import prepare_pictures
 from .material import Material
@@ -63,6 +65,8 @@ def check_resumable(recipe: Recipe, run: Path) -> None:
 def prepare_run(recipe: Recipe, run: Path) -> Material:
     """Read the data, and rehearse every stage without weights: no mistake should wait behind hours of training."""
     initial = recipe.model.checkpoint
+    if initial is not None and is_addon_folder(initial):
+        raise RecipeError(f"model.checkpoint {initial} is an add-on; name its parent, and learn it in a stage before")
     config = read_config(initial) if initial is not None else None
     prepare = prepare_text if recipe.images is None else prepare_pictures
     data = prepare(recipe, run, config)
@@ -79,12 +83,11 @@ def prepare_run(recipe: Recipe, run: Path) -> Material:
                 except RecipeError as error:
                     raise RecipeError(f"stages.{i}: {error}") from error
             try:
-                if stage.growth:
-                    grow(model, **stage.growth)
+                _rehearse_growth(model, stage.growth)
             except GrowthError as error:
                 raise GrowthError(f"stages.{i}: {error}") from error
             try:
-                freeze_only(model, frozen_parts(stage.frozen, model.config))
+                freeze_only(model, frozen_parts(stage.frozen, model))
             except GrowthError as error:
                 raise RecipeError(f"stages.{i}: {error}") from error
             if stage.nested_dropout is not None and not architecture_of(model.config).has_pattention:
@@ -92,9 +95,39 @@ def prepare_run(recipe: Recipe, run: Path) -> Material:
     return data
 
 
-def frozen_parts(frozen: list[str] | None, config: PreTrainedConfig) -> list[str]:
-    """Return what a stage freezes: what it says, or else what the checkpoint has frozen."""
-    return frozen if frozen is not None else frozen_names(config)
+def _rehearse_growth(model: PreTrainedModel, growth: dict[str, Any]) -> None:
+    """Grow a model on the meta device."""
+    if growth.get("at") is not None:
+        sizes = ", ".join(growth.keys() - {"at", "tokens", "name"})
+        if sizes:
+            raise GrowthError(f"at puts tokens beside linear maps; grow {sizes} in a stage of its own")
+        grow_beside(model, growth["at"], growth.get("tokens"), name=growth["name"], seed=0)
+    elif growth and names_beside(model):
+        raise GrowthError(
+            "a stage before has put tokens beside linear maps and is kept as an add-on, whose parent must not change: "
+            "put more tokens beside the maps, or grow the model before that"
+        )
+    elif growth:
+        grow(model, **growth)
+
+
+def frozen_parts(frozen: list[str] | None, model: PreTrainedModel) -> list[str]:
+    """Return what a stage freezes: what it says, or else what the checkpoint has frozen.
+
+    Where there are tokens beside linear maps, all but the newest group of them: the stage is kept as its add-on.
+
+    Raises:
+        GrowthError: the stage says something there.
+    """
+    beside = names_beside(model)
+    if beside and frozen is not None:
+        raise GrowthError(
+            f"frozen is {', '.join(frozen) or 'nothing'}, but the stage is kept as an add-on, which holds token group "
+            f"{beside[-1]!r} alone: all else is frozen; leave frozen out"
+        )
+    if beside:
+        return [part for part in trainable_parts(model) if part != beside[-1]]
+    return frozen if frozen is not None else frozen_names(model.config)
 
 
 def training_arguments(t: TrainingSection, output: Path, *, steps: int, seed: int) -> TrainingArguments:

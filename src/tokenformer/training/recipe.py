@@ -142,6 +142,11 @@ class Stage(Section):
     """Grow the feed-forward likewise."""
     num_hidden_layers: Amount | None = None
     """Insert blocks up to this depth, likewise."""
+    at: str | dict[str, int] | None = None
+    """Put parameter tokens beside linear maps instead, those that this regular expression names, such as
+    "q_proj|v_proj", or several with the tokens that each gets. Only they train, and the stage writes an add-on."""
+    tokens: int | None = Field(None, gt=0)
+    """Parameter tokens beside each of these maps."""
     name: str | None = None
     """Of the token group that growing adds. Default: grown1, grown2, …."""
     learning_rate: float | None = Field(None, gt=0)
@@ -170,7 +175,8 @@ class Stage(Section):
     @property
     def growth(self) -> dict[str, Any]:
         """Keyword arguments for `grow`; empty where this stage does not grow."""
-        fields = {"preset", "qkv_param_tokens", "output_param_tokens", "ffn_param_tokens", "num_hidden_layers"}
+        sizes = {"preset", "qkv_param_tokens", "output_param_tokens", "ffn_param_tokens", "num_hidden_layers"}
+        fields = {*sizes, "at", "tokens"}
         asked = self.model_dump(include=fields, exclude_none=True)
         how = self.model_dump(include={"norm", "weights"}, exclude_none=True)
         return {**asked, "name": self.name, **how} if asked else {}

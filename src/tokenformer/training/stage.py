@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
 from .. import cost
+from ..checkpoints.beside import save_stage
 from ..checkpoints.checkpoint import save_checkpoint
 from ..checkpoints.disk import disk_errors
 from ..checkpoints.lineage import Lineage
@@ -20,7 +21,7 @@ from ..checkpoints.optimizer import OPTIMIZER_FILE, OptimizerState
 from ..checkpoints.temporary import clear_abandoned
 from ..checkpoints.verify import carry_files
 from ..data.stream import BlockStream
-from ..growth.architectures import group_names
+from ..growth.beside import all_group_names, names_beside, tokens_beside
 from ..growth.freeze import freeze_only
 from .log import Log, finite
 from .material import Material
@@ -67,10 +68,10 @@ def run_stage(
         states, growth = _grow(model, states, settings, data, measured=not done)
         lineage = lineage.then(
             "grow",
-            arguments={**settings.growth, "name": group_names(model.config)[-1]},
+            arguments={**settings.growth, "name": all_group_names(model)[-1]},
             seed=settings.weights_seed,
         )
-    freeze_only(model, frozen_parts(settings.frozen, model.config))
+    freeze_only(model, frozen_parts(settings.frozen, model))
     watcher = Watcher(
         settings,
         model,
@@ -103,7 +104,8 @@ def run_stage(
     if growth and not done:
         watcher.emit("growth", 0, **growth)
     reads = data.reads(settings.reading)
-    watcher.emit("stage", 0, steps=settings.steps, done=done, parameters=cost.parameters(model.config), reads=reads)
+    parameters = sum(p.numel() for p in model.parameters())
+    watcher.emit("stage", 0, steps=settings.steps, done=done, parameters=parameters, reads=reads)
     with watcher.interruptible(), disk_errors(place):
         trainer.train(resume_from_checkpoint=str(state) if state else None)
     if watcher.interrupted:
@@ -125,10 +127,13 @@ def run_stage(
 
     def add_files(folder: Path) -> None:
         torch.save(states, folder / OPTIMIZER_FILE)
-        if parent is not None:
+        if parent is not None and not names_beside(model):  # what loads an add-on loads its parent
             carry_files(parent, folder)
 
-    if log.enabled:
+    if log.enabled and names_beside(model):
+        assert parent is not None
+        save_stage(target, model.to("cpu"), lineage, parent=parent, extra=add_files)
+    elif log.enabled:
         save_checkpoint(target, model.to("cpu"), data.processor, lineage, extra=add_files)
     processes().wait_for_everyone()
     watcher.emit("end", settings.steps, **found)
@@ -154,7 +159,7 @@ def _grow(
     after = data.measure(model, settings.training).loss if measured else None
     return states, {
         "arguments": settings.growth,
-        "token_groups": cost.group_tokens(model.config),
+        "token_groups": {**cost.group_tokens(model.config), **tokens_beside(model)},
         "loss_before": finite(before),
         "loss_after": finite(after),
         "logits_equal": equal,
