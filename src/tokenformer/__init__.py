@@ -39,10 +39,13 @@ if TYPE_CHECKING:
     from .growth.sequence import using
     from .models.configuration_blocks import TokenformerBlocksConfig
     from .models.configuration_tokenformer import PRESETS, TokenformerConfig
+    from .models.configuration_tokenformer_multimodal import TokenformerMultimodalConfig
     from .models.configuration_tokenformer_vision import TokenformerVisionConfig
     from .models.modeling_tokenformer import TokenformerForCausalLM, TokenformerModel
+    from .models.modeling_tokenformer_multimodal import TokenformerForConditionalGeneration, TokenformerMultimodalModel
     from .models.modeling_tokenformer_vision import TokenformerForImageClassification, TokenformerVisionModel
     from .models.pattention import Pattention
+    from .models.processing_tokenformer_multimodal import TokenformerProcessor
     from .training.train import train
 
     __version__: str
@@ -62,8 +65,12 @@ __all__ = [
     "TokenformerConfig",
     "TokenformerError",
     "TokenformerForCausalLM",
+    "TokenformerForConditionalGeneration",
     "TokenformerForImageClassification",
     "TokenformerModel",
+    "TokenformerMultimodalConfig",
+    "TokenformerMultimodalModel",
+    "TokenformerProcessor",
     "TokenformerVisionConfig",
     "TokenformerVisionModel",
     "TokenizerError",
@@ -96,8 +103,12 @@ _HOMES = {
     "TokenformerBlocksConfig": "models.configuration_blocks.TokenformerBlocksConfig",
     "TokenformerConfig": "models.configuration_tokenformer.TokenformerConfig",
     "TokenformerForCausalLM": "models.modeling_tokenformer.TokenformerForCausalLM",
+    "TokenformerForConditionalGeneration": "models.modeling_tokenformer_multimodal.TokenformerForConditionalGeneration",
     "TokenformerForImageClassification": "models.modeling_tokenformer_vision.TokenformerForImageClassification",
     "TokenformerModel": "models.modeling_tokenformer.TokenformerModel",
+    "TokenformerMultimodalConfig": "models.configuration_tokenformer_multimodal.TokenformerMultimodalConfig",
+    "TokenformerMultimodalModel": "models.modeling_tokenformer_multimodal.TokenformerMultimodalModel",
+    "TokenformerProcessor": "models.processing_tokenformer_multimodal.TokenformerProcessor",
     "TokenformerVisionConfig": "models.configuration_tokenformer_vision.TokenformerVisionConfig",
     "TokenformerVisionModel": "models.modeling_tokenformer_vision.TokenformerVisionModel",
     "attach": "checkpoints.addons.attach",
@@ -160,14 +171,23 @@ _AUTO = {
         "MODEL_MAPPING": "TokenformerVisionModel",
         "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING": "TokenformerForImageClassification",
     },
+    "tokenformer_multimodal": {
+        "MODEL_MAPPING": "TokenformerMultimodalModel",
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING": "TokenformerForConditionalGeneration",
+    },
 }
 
 
 def _configs() -> dict[str, Any]:
     from .models.configuration_tokenformer import TokenformerConfig
+    from .models.configuration_tokenformer_multimodal import TokenformerMultimodalConfig
     from .models.configuration_tokenformer_vision import TokenformerVisionConfig
 
-    return {"tokenformer": TokenformerConfig, "tokenformer_vision": TokenformerVisionConfig}
+    return {
+        "tokenformer": TokenformerConfig,
+        "tokenformer_vision": TokenformerVisionConfig,
+        "tokenformer_multimodal": TokenformerMultimodalConfig,
+    }
 
 
 def _register_configs() -> None:
@@ -200,7 +220,17 @@ def _register_classes(kind: str) -> None:
         getattr(transformers, mapping).register(_configs()[kind], getattr(module, name), exist_ok=True)
 
 
+def _register_processor() -> None:
+    from transformers import AutoProcessor
+    from wrapt import lazy_import
+
+    name = "TokenformerProcessor"
+    processor = lazy_import(f"{__name__}.models.processing_tokenformer_multimodal", name, interface=type)
+    AutoProcessor.register(_configs()["tokenformer_multimodal"], processor, exist_ok=True)
+
+
 after_import("transformers.models.auto.configuration_auto", _register_configs)
+after_import("transformers.models.auto.processing_auto", _register_processor)
 after_import("transformers.models.auto.modeling_auto", _register_models)
 for _kind in _AUTO:
     after_import(f"{__name__}.models.modeling_{_kind}", partial(_register_classes, _kind))

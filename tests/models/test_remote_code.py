@@ -20,6 +20,7 @@ FILES = [
     "configuration_blocks.py",
     "configuration_tokenformer.py",
     "fused.py",
+    "modality.py",
     "modeling_tokenformer.py",
     "names.py",
     "pattention.py",

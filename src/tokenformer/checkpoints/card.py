@@ -39,6 +39,13 @@ _KINDS = {
         "AutoImageProcessor",
         "processor",
     ),
+    "AutoModelForImageTextToText": (
+        "A",
+        "language model that sees",
+        "image-text-to-text",
+        "AutoProcessor",
+        "processor",
+    ),
 }
 
 
@@ -111,6 +118,8 @@ def _reads(config: PreTrainedConfig) -> str:
         return f"vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,} text tokens"
     height, width = config.image_height_width
     size = f"{height} × {width} pixels in patches of {config.patch_size} × {config.patch_size}"
+    if hasattr(config, "image_token_id"):
+        return f"images of {size}, vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}"
     return f"images of {size}, {counted(config.num_labels, 'label')}"
 
 
@@ -133,7 +142,8 @@ def _loss(event: Event) -> str:
     if event.loss is None:
         return "not recorded"
     if event.accuracy is not None:
-        return f"{event.loss:.4f} nats per image; {event.accuracy:.2%} of the labels found"
+        unit = "image" if event.top5_accuracy is not None else "text token of a caption"
+        return f"{event.loss:.4f} nats per {unit}; {event.accuracy:.2%} of the labels found"
     texts = event.bits_per_byte_of or {}
     bits = "" if event.bits_per_byte is None else f", {event.bits_per_byte:.4f} bits per byte"
     each = "".join(f"; {name} {'–' if found is None else f'{found:.4f}'}" for name, found in texts.items())

@@ -38,6 +38,7 @@ from ..growth.beside import names_beside
 from ..growth.freeze import freeze
 from ..growth.neurons import group_neurons
 from ..growth.select import shrink
+from ..models.processing_tokenformer_multimodal import TokenformerProcessor
 from ..quiet import without_bars
 from .beside import attach_beside, load_parent
 from .card import model_card
@@ -283,6 +284,18 @@ def load_image_processor(path: str | Path) -> BaseImageProcessor | None:
         raise CheckpointError(f"checkpoint {path} is damaged: its image processor cannot be read: {error}") from error
 
 
+def load_processor(path: str | Path) -> TokenformerProcessor:
+    """Read what makes the inputs of a checkpoint that reads text and images: its tokenizer and image processor.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        return TokenformerProcessor.from_pretrained(path)
+    except Exception as error:  # whatever is wrong in it
+        raise CheckpointError(f"checkpoint {path} is damaged: its processor cannot be read: {error}") from error
+
+
 def _bare_tokenizer(file: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
     for name in ("bos_token", "eos_token", "pad_token"):
@@ -296,6 +309,8 @@ def _bare_tokenizer(file: Path, config: PreTrainedConfig) -> PreTrainedTokenizer
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, *, where: str) -> None:
     """Raise TokenizerError if the tokenizer `where` has an id that the model has no embedding for."""
     needed = vocabulary_size(tokenizer)
+    if needed - 1 == getattr(config, "image_token_id", None):  # which stands for patches and is never embedded
+        needed -= 1
     if needed > config.vocab_size:
         raise TokenizerError(
             f"the tokenizer {where} needs {needed} rows of the model's embedding, which has {config.vocab_size}: "

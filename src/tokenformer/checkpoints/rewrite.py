@@ -102,7 +102,7 @@ def open_checkpoint(path: str | Path) -> Stored:
     verifying.shutdown(wait=False)
     row = architecture_of(config)
     files = {name: files[stored] for stored, name in row.names_in_memory(files).items()}
-    empty = _without_weights(config)
+    empty = without_weights(config)
     ignored = [re.compile(pattern) for pattern in empty._keys_to_ignore_on_load_unexpected or []]
     needed = set(empty.state_dict())
     files = {
@@ -117,7 +117,7 @@ def open_checkpoint(path: str | Path) -> Stored:
             del files[tied]
         elif tied in files:
             config.tie_word_embeddings = False  # as transformers loads it
-            empty = _without_weights(config)
+            empty = without_weights(config)
     dtypes = Counter(DTYPES[header.dtype] for header in headers.values() if header.dtype in DTYPES)
     named = str(config.dtype).removeprefix("torch.")
     dtype = named if named in dtypes else dtypes.most_common(1)[0][0] if dtypes else "float32"
@@ -128,7 +128,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _without_weights(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def without_weights(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Return a model of a configuration on the meta device."""
     with torch.device("meta"):
         return auto_class(config).from_config(config, dtype=dtype)
 
@@ -163,7 +164,7 @@ def rewrite(
     """
     check_target(Path(output), force=force)
     check_names(source)
-    model = _without_weights(operation.config, source.dtype)
+    model = without_weights(operation.config, source.dtype)
     earlier = _earlier_dtypes(source.path) if operation.name == "drop" else []
     states = move_states(source.config, load_states(source.path), operation) | (more_states or {})
 

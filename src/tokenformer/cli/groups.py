@@ -133,9 +133,19 @@ def consolidate(
 def merge(
     checkpoint: Checkpoint,
     other: Annotated[
-        Path, typer.Argument(help="Another child of the same parent.", metavar="OTHER", callback=check_checkpoint)
+        Path,
+        typer.Argument(
+            help="Another child of the same parent, or a model that sees.", metavar="OTHER", callback=check_checkpoint
+        ),
     ],
     output: Output,
+    by: Annotated[
+        Literal["modality"] | None,
+        typer.Option(help="Unite a language model with OTHER, which reads images; they need no parent in common."),
+    ] = None,
+    bridge: Annotated[
+        int | None, typer.Option(help="By modality: parameter tokens in each map between them.  [default: 16]")
+    ] = None,
     rename: Annotated[
         list[str] | None,
         typer.Option(help="New name of a group of OTHER, OLD=NEW; may be repeated.", metavar="OLD=NEW"),
@@ -146,16 +156,29 @@ def merge(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Unite the token groups of two children of one parent."""
+    """Unite the token groups of two children of one parent, or of a language model and one that sees."""
     from ..checkpoints.rewrite import merge_checkpoints, open_checkpoint
     from ..errors import GrowthError
     from .tables import stage_row
 
+    if by is not None and (rename or norm):
+        raise GrowthError("--rename and --norm are for two children of one parent; leave them out with --by modality")
+    if by is None and bridge is not None:
+        raise GrowthError("--bridge goes with --by modality")
     pairs = [pair.partition("=") for pair in rename or []]
     if not all(old and new for old, _, new in pairs):
         raise GrowthError(f"--rename takes OLD=NEW, such as grown1=python; found {', '.join(rename or [])}")
     sources, console = (open_checkpoint(checkpoint), open_checkpoint(other)), make_console()
     rows = [stage_row("one", checkpoint), stage_row("other", other)]
+    if by is not None:
+        from ..checkpoints.modality import merge_modality_checkpoints
+        from ..models.names import BRIDGE_TOKENS
+
+        tokens = BRIDGE_TOKENS if bridge is None else bridge
+        with rewriting(console) as on_progress:
+            merge_modality_checkpoints(*sources, output, bridge=tokens, force=force, on_progress=on_progress)
+        _report(console, *rows, stage_row("merged", output), output=output)
+        return
     with rewriting(console) as on_progress:
         merge_checkpoints(
             *sources,

@@ -92,7 +92,7 @@ def stage_row(label: str, folder: Path) -> StageRow:
     else:
         config = read_config(folder)
         groups, parameters = cost.group_tokens(config), cost.parameters(config)
-        sees = architecture_of(config).auto == "AutoModelForImageClassification"
+        sees = architecture_of(config).auto != "AutoModelForCausalLM"
     read = short(last.text_tokens_seen or last.images_seen)
     spent = read, scientific(last.training_flops), f"{amount(last.training_seconds)} s"
     cells = (

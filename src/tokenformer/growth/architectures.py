@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import GrowthError
@@ -35,6 +35,8 @@ class GroupEntry:
         blocks: numbers of the blocks that came with it, and go with it.
         routed: whether gates decide for each text token if it takes part.
         weights: how its keys and values are kept, one of `models.ternary.WEIGHTS`.
+        modality: where it takes part in a model that reads text and images; None: everywhere.
+        tau: constant τ of its own by projection, where that is not the model's.
     """
 
     name: str
@@ -42,6 +44,8 @@ class GroupEntry:
     blocks: tuple[int, ...] = ()
     routed: bool = False
     weights: str = "float"
+    modality: str | None = None
+    tau: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, entry: Mapping[str, Any]) -> GroupEntry:
@@ -49,10 +53,17 @@ class GroupEntry:
         counts = {
             key: tuple(count) if isinstance(count, list) else count
             for key, count in entry.items()
-            if key not in ("name", "blocks", "routed", "weights")
+            if key not in ("name", "blocks", "routed", "weights", "modality", "tau")
         }
-        blocks, routed = tuple(entry.get("blocks", ())), bool(entry.get("routed"))
-        return cls(entry["name"], counts, blocks, routed, entry.get("weights", "float"))
+        return cls(
+            entry["name"],
+            counts,
+            tuple(entry.get("blocks", ())),
+            bool(entry.get("routed")),
+            entry.get("weights", "float"),
+            entry.get("modality"),
+            entry.get("tau", {}),
+        )
 
     def to_config(self) -> dict[str, Any]:
         """Return the entry that `from_config` reads: plain types, one number where all blocks have the same."""
@@ -64,6 +75,8 @@ class GroupEntry:
             **entry,
             **({"routed": True} if self.routed else {}),
             **({} if self.weights == "float" else {"weights": self.weights}),
+            **({"modality": self.modality} if self.modality else {}),
+            **({"tau": dict(self.tau)} if self.tau else {}),
             **({"blocks": list(self.blocks)} if self.blocks else {}),
         }
 
@@ -108,6 +121,7 @@ _NORMED = replace(_GATED, adds=("post_attention_layernorm", "post_feedforward_la
 ARCHITECTURES: dict[str, Architecture] = {
     "tokenformer": _TOKENFORMER,
     "tokenformer_vision": replace(_TOKENFORMER, auto="AutoModelForImageClassification", head="classifier"),
+    "tokenformer_multimodal": replace(_TOKENFORMER, auto="AutoModelForImageTextToText"),
     "llama": _GATED,
     "mistral": _GATED,
     "qwen2": _GATED,

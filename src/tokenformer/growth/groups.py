@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import GrowthError
+from ..models.names import BRIDGE_TOKENS
 from ..units import counted
 from .architectures import (
     GroupEntry,
@@ -114,6 +115,12 @@ def consolidate_operation(
             f"token group {', '.join(scaled)} is ternary, with scales of its own; one group has one scale for its keys "
             "and one for its values, so the outputs would change. Consolidate the others, or keep it as it is"
         )
+    kinds = {(group.modality, tuple(sorted(group.tau.items()))) for group in chosen}
+    if len(kinds) > 1:
+        told = ", ".join(f"{group.name} ({group.modality or 'all'})" for group in chosen)
+        raise GrowthError(
+            f"these token groups take part at positions of different modalities, which one cannot: {told}"
+        )
     if len(chosen) < 2:
         raise GrowthError(f"consolidating takes at least two token groups; asked for {', '.join(wanted)}")
     if getattr(config, "token_group_norm", "joint") == "per_group" and config.norm_activation_type != "gelu":
@@ -133,7 +140,7 @@ def consolidate_operation(
     row = architecture_of(config)
     blocks = range(row.depth_of(config))
     counts = {p: tuple(sum(group.count(p, block) for group in chosen) for block in blocks) for p in row.counts}
-    united = GroupEntry(new, counts)
+    united = GroupEntry(new, counts, modality=chosen[0].modality, tau=chosen[0].tau)
     left = [united if group is chosen[0] else group for group in groups if group is chosen[0] or group not in chosen]
 
     def change(block: int, token_map: TokenMap, old: Groups) -> Groups:
@@ -159,28 +166,65 @@ def consolidate_operation(
     return Operation("consolidate", changed, change, blocks, keeps_outputs=True, arguments=arguments)
 
 
+@overload
 def merge(
     model: nn.Module, other: nn.Module, *, rename: Mapping[str, str] | None = None, norm: str | None = None
-) -> None:
+) -> None: ...
+
+
+@overload
+def merge(
+    model: PreTrainedModel, other: PreTrainedModel, *, by: Literal["modality"], bridge: int = ..., seed: int = ...
+) -> PreTrainedModel: ...
+
+
+def merge(
+    model: Any,
+    other: Any,
+    *,
+    by: Literal["modality"] | None = None,
+    rename: Mapping[str, str] | None = None,
+    norm: str | None = None,
+    bridge: int = BRIDGE_TOKENS,
+    seed: int = 0,
+) -> PreTrainedModel | None:
     """Give `model` the token groups that `other`, another child of the same parent, has beside it.
 
+    By modality, unite instead a TokenFormer that reads text with one that reads images, which need no parent in common:
+    both are left as they are, and the union is returned. There a group takes part where a position is of its modality,
+    so that text alone, and an image alone, give what they gave, to the last bit. A new group "bridge" takes part at
+    images and at text after them, and is all that is not frozen.
+
     Args:
-        model: changed in place.
+        model: changed in place; by modality, the language model.
         other: left as it is.
+        by: "modality": unite what reads text and what reads images.
         rename: new names for groups of `other`, where both have given one name to two things.
         norm: "joint" or "per_group" for the result. Default: per_group, for groups that were trained apart drown each
             other under one norm, even if each was trained under one (docs/results/knowledge.md).
+        bridge: by modality, parameter tokens of the bridge in each map.
+        seed: by modality, of their random values.
 
     Raises:
         GrowthError: they are not children of one parent with its weights frozen: other sizes, other weights outside the
-            groups that differ, clashing names, blocks of their own. The model is then untouched.
+            groups that differ, clashing names, blocks of their own. By modality: no TokenFormer for text and one for
+            images, or they differ in what they would share: width, heads, depth, norms. The model is then untouched.
     """
+    if by not in (None, "modality"):
+        raise GrowthError(f'by is {by!r}; it must be "modality", or be left out for two children of one parent')
+    if by is not None:
+        if rename or norm is not None:
+            raise GrowthError("rename and norm are for two children of one parent; leave them out by modality")
+        from .modality import merge_modalities
+
+        return merge_modalities(model, other, bridge=bridge, seed=seed)
     if names_beside(other) or names_beside(model):
         if norm is not None:
             raise GrowthError(f"norm {norm!r} was asked; every group beside a linear map has a norm of its own")
         merge_beside(model, other, rename=rename or {})
-        return
+        return None
     _merge_own(model, other, rename=rename, norm=norm)
+    return None
 
 
 def _merge_own(model: Any, other: Any, *, rename: Mapping[str, str] | None, norm: str | None) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import GrowthError
+from ..models.modality import apply_notes
 from ..models.pattention import Pattention
 from ..models.token_group import TokenGroup
 from .architectures import Groups, architecture_of, frozen_names, places, token_groups
@@ -170,6 +171,7 @@ def _write_groups(block: nn.Module, token_map: TokenMap, groups: Groups, config:
                 layer.gates[name].load_state_dict(gate)
             if name not in kept and name in frozen:
                 layer.groups[name].requires_grad_(False)
+        apply_notes(layer, config, token_map.projection)
         return
     for module in dict.fromkeys(part.tensor.rpartition(".")[0] for part in token_map.parts):
         linear: Any = block.get_submodule(module)

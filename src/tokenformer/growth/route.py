@@ -216,6 +216,8 @@ def _fit(
 def _check(config: PreTrainedConfig, name: str) -> list[GroupEntry]:
     """Return the token groups of a TokenFormer in which group `name` can have gates."""
     check_known(config, [name])
+    if config.model_type == "tokenformer_multimodal":
+        raise GrowthError(f"the token groups of this model, {name!r} among them, take part by modality, not by gates")
     if config.model_type != "tokenformer":
         raise GrowthError(f"gates are fitted on text, which a {config.model_type!r} model does not read")
     groups = token_groups(config)

@@ -22,7 +22,7 @@ from .ternary import WEIGHTS
 from .token_group import check_group, default_tau
 
 # What an entry of token_groups may say beside its name and counts, where it is so.
-_GROUP_NOTES = ("routed", "blocks", "weights")
+_GROUP_NOTES = ("routed", "modality", "tau", "blocks", "weights")
 
 
 @strict
@@ -37,8 +37,9 @@ class TokenformerBlocksConfig(PreTrainedConfig):
             A projection with 0 is a plain bias-free linear map.
         token_groups: the groups in the order in which they were added, `{"name": …, "qkv": n, "output": n, "ffn": n}`
             each, n being one number or a list with one for every block; `"routed": True` where gates decide for each
-            text token whether the group takes part; `"blocks"` numbers those that were added with it; `"weights"` says
-            how its keys and values are kept, where not as `float`.
+            text token whether the group takes part; `"modality"`, in a model that reads text and images, where it
+            takes part; `"tau"` a constant τ of its own by projection; `"blocks"` numbers those that were added with it;
+            `"weights"` says how its keys and values are kept, where not as `float`.
             Default: one group "base" with the counts above. Where given it decides; the counts follow from it.
         linear_projections: those of "qkv", "output", "ffn" that hold a linear map, with or without tokens beside it.
             Default: those without tokens.

@@ -30,6 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_blocks import TokenformerBlocksConfig, count_at
 from .configuration_tokenformer import TokenformerConfig
+from .modality import apply_notes
 from .names import PROJECTIONS
 from .pattention import DEFAULT_EPS, Pattention
 from .token_group import Gate, reset_linear
@@ -62,6 +63,7 @@ def make_pattention(config: TokenformerBlocksConfig, projection: str, layer_idx:
     for group in config.token_groups:
         if group.get("routed") and group["name"] in layer.groups:
             layer.add_gate(group["name"])
+    apply_notes(layer, config, projection)
     return layer
 
 
@@ -219,8 +221,13 @@ class TokenformerModel(TokenformerPreTrainedModel):
         """Run the decoder; arguments as in every transformers decoder.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, or images are.
         """
+        if kwargs.get("pixel_values") is not None:
+            raise ValueError(
+                "pixel_values were given, and this model reads text alone; merge(…, by='modality') makes "
+                "one that sees, of it and of a TokenFormer for images"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:

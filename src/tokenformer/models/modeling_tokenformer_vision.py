@@ -56,7 +56,7 @@ class TokenformerVisionEmbeddings(nn.Module):
             )
         grid = (height // self.patch_size, width // self.patch_size)
         patches = F.pixel_unshuffle(pixel_values.to(self.patch_embeddings.weight.dtype), self.patch_size)
-        embeddings = self.patch_embeddings(patches.flatten(2).transpose(1, 2))
+        embeddings = self.patch_embeddings(patches.flatten(2).transpose(1, 2).contiguous())
         if self.cls_token is not None:
             embeddings = torch.cat([self.cls_token.expand(embeddings.shape[0], -1, -1), embeddings], dim=1)
         return embeddings + (self.position_embeddings if size == expected else self.interpolated(*grid))

@@ -7,3 +7,7 @@ PROJECTIONS: dict[str, tuple[str, ...]] = {
     "output": ("self_attn.o_proj",),
     "ffn": ("mlp",),
 }
+# Where a token group takes part in a model that reads both; BOTH: at images and at text after them.
+TEXT, IMAGE, BOTH = MODALITIES = ("text", "image", "both")
+# Parameter tokens, in each map, of the group that a merge by modality adds.
+BRIDGE_TOKENS = 16
