@@ -104,6 +104,11 @@ def prepared(tmp_path_factory):
     text = recipe.read_text(encoding="utf-8")
     assert text.count("171_000") == 2
     recipe.write_text(text.replace("171_000", "128"), encoding="utf-8")
+    for name in ("see", "speak", "see-and-speak"):
+        recipe = folder / "recipes" / f"{name}.yaml"
+        text = recipe.read_text(encoding="utf-8")
+        assert re.search(r"\d0_000\n|0_000_000\n", text)
+        recipe.write_text(re.sub(r"[\d_]+0_000\n", "256\n", text), encoding="utf-8")
     write_clothes(folder / "clothes")
     recipe = folder / "recipes" / "compare" / "first.yaml"
     text = recipe.read_text(encoding="utf-8")

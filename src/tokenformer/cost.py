@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -71,12 +71,15 @@ def training_flops(config: PreTrainedConfig, context: int) -> float:
     return 3.0 * forward_flops(config, context)
 
 
-def training_flops_of(model: PreTrainedModel, context: int | None = None) -> float:
+def training_flops_of(
+    model: PreTrainedModel, context: int | None = None, *, inputs: Mapping[str, Any] | None = None
+) -> float:
     """FLOPs of forward and backward of a model in memory, whose frozen parts may save some.
 
     They are those per text token over `context` text tokens, or per image of a model that reads images. Every map
     multiplies once forward, once for the gradient of its weight where that trains, and once for the gradient of its
-    input where anything below it trains. Which inputs those are is seen in a pass over one text token, or one image.
+    input where anything below it trains. Which inputs those are is seen in a pass over one text token, or one image, or
+    `inputs`, whose FLOPs are then returned.
     """
     row, config = architecture_of(model.config), model.config
     blocks = row.blocks_of(model)
@@ -85,7 +88,7 @@ def training_flops_of(model: PreTrainedModel, context: int | None = None) -> flo
     plain: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D | PackedLinear)]
     plain = [m for m in plain if m not in within]
     mixers = [block.get_submodule(row.last[0]) for block in blocks]
-    rows, reached = _read(model, {*grouped, *plain, *mixers})
+    rows, reached = _read(model, {*grouped, *plain, *mixers}, inputs or _smallest(model))
     weights = [(m, m) for m in plain] + [(inner, m) for m in grouped for inner in m.groups.values()]
     products = sum(_numbers(w) * rows[m] * (1 + w.weight.requires_grad + (m in reached)) for w, m in weights)
     attention = sum(rows[m] * _attention_flops(config, context or rows[m]) * (3 if m in reached else 1) for m in mixers)
@@ -98,8 +101,10 @@ def _numbers(linear: Any) -> int:
     return linear.in_features * linear.out_features if packed else linear.weight.numel()
 
 
-def _read(model: PreTrainedModel, modules: Collection[nn.Module]) -> tuple[Counter[nn.Module], set[nn.Module]]:
-    """Return how many rows each of `modules` reads of one text token or one image, and whose depend on what trains."""
+def _read(
+    model: PreTrainedModel, modules: Collection[nn.Module], inputs: Mapping[str, Any]
+) -> tuple[Counter[nn.Module], set[nn.Module]]:
+    """Return how many rows each of `modules` reads of `inputs`, and whose depend on what trains."""
     rows: Counter[nn.Module] = Counter()
     reached: set[nn.Module] = set()
 
@@ -112,7 +117,7 @@ def _read(model: PreTrainedModel, modules: Collection[nn.Module]) -> tuple[Count
     training = model.training
     try:
         with torch.enable_grad():
-            model.eval()(**_smallest(model))
+            model.eval()(**inputs)
     finally:
         model.train(training)
         for hook in hooks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..sections import Section
 
@@ -31,5 +31,17 @@ class ImageSection(Section):
     """Pixels by which a training image is moved at most, to any side; its outermost pixels fill the gap."""
     flip: bool = False
     """Mirror every other training image, left to right."""
+    captions: list[str] | None = Field(None, min_length=1)
+    """For a model that reads text and images: sentences with {label} in them. Each image is described by one of them,
+    which the model learns to write."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target that is spread evenly over all labels in training; validation never does."""
+
+    @model_validator(mode="after")
+    def _captions_name_the_label(self) -> ImageSection:
+        odd = [caption for caption in self.captions or [] if caption.count("{label}") != 1]
+        if odd:
+            raise ValueError(f"captions say what an image shows with one {{label}} in each; {odd[0]!r} does not")
+        if self.captions and self.label_smoothing:
+            raise ValueError("label_smoothing is for labels, and captions are instead of them: take one of them out")
+        return self

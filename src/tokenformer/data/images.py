@@ -80,8 +80,8 @@ def prepare_images(section: ImageSection, *, size: tuple[int, int]) -> ImageData
 class Varied:
     """Images in the order in which a stage reads them, each moved and mirrored as its place in that order says.
 
-    An item is `{"pixels": uint8 [height, width, 3], "label": number}`, and it is the same whoever asks and whenever, so
-    that a run which was interrupted sees what it would have seen.
+    An item is `{"pixels": uint8 [height, width, 3], "label": number, "place": number}`, and it is the same whoever asks
+    and whenever, so that a run which was interrupted sees what it would have seen.
 
     Args:
         data: of which the training images are read.
@@ -106,7 +106,7 @@ class Varied:
         rows = self.data.train[self.order[list(places)]]
         images = images_of(rows["pixels"], self.data.size)
         return [
-            {"pixels": self._vary(image, place), "label": label}
+            {"pixels": self._vary(image, place), "label": label, "place": self.first + place}
             for image, label, place in zip(images, rows["label"], places, strict=True)
         ]
 

@@ -18,6 +18,7 @@ from ..growth.architectures import architecture_of, auto_class, frozen_names
 from ..growth.beside import grow_beside, names_beside
 from ..growth.freeze import freeze_only, trainable_parts
 from ..growth.grow import grow
+from .captions import prepare_captions
 from .images import prepare_pictures
 from .material import Material
 from .precision import use_bfloat16
@@ -68,7 +69,10 @@ def prepare_run(recipe: Recipe, run: Path) -> Material:
     if initial is not None and is_addon_folder(initial):
         raise RecipeError(f"model.checkpoint {initial} is an add-on; name its parent, and learn it in a stage before")
     config = read_config(initial) if initial is not None else None
-    prepare = prepare_text if recipe.images is None else prepare_pictures
+    if recipe.images is None:
+        prepare: Any = prepare_text
+    else:
+        prepare = prepare_captions if recipe.images.captions else prepare_pictures
     data = prepare(recipe, run, config)
     if config is None:
         config = data.config(recipe)
