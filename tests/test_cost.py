@@ -69,6 +69,22 @@ def test_flops_are_what_torch_counts_whatever_is_frozen(kind, growth):
             assert stated == pytest.approx(cost.training_flops(model.config, ids.shape[1]))
 
 
+@pytest.mark.parametrize("make", [tiny, tiny_vision])
+def test_flops_of_loops_are_what_torch_counts(make):
+    model = make("ffn", attention="eager", num_loops=2)
+    grow(model, qkv_param_tokens="+9", ffn_param_tokens="+24", num_loops="+2", name="new")
+    given = {"input_ids": tokens(), "labels": tokens()} if make is tiny else {"pixel_values": images(2)}
+    for names in FROZEN.values():
+        freeze_only(model, names)
+        with FlopCounterMode(display=False) as counter:
+            out = model(**given)
+            (out.logits.sum() if out.loss is None else out.loss).backward()
+        stated = cost.training_flops_of(model, 20 if make is tiny else None)
+        assert counter.get_total_flops() / (40 if make is tiny else 2) == pytest.approx(stated, rel=1e-9), names
+        if not names and make is tiny:
+            assert stated == pytest.approx(cost.training_flops(model.config, 20))
+
+
 @pytest.mark.parametrize("bottom", [1, 2])
 @pytest.mark.parametrize("kind", MODELS)
 def test_no_backward_runs_below_the_lowest_part_that_trains(kind, bottom):

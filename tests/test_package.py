@@ -221,6 +221,7 @@ def test_command_line_is_pinned():
             "--name",
             "--norm",
             "--num-hidden-layers",
+            "--num-loops",
             "--output",
             "--output-param-tokens",
             "--preset",

@@ -55,10 +55,24 @@ def block_parameters(config: PreTrainedConfig) -> int:
 def forward_flops(config: PreTrainedConfig, context: int) -> float:
     """FLOPs per text token of one forward pass over `context` text tokens.
 
-    2N + 4·layers·width·context (paper, table 3), N including the output head, width that of all attention heads;
-    attention counted without the causal half, norms and activations not at all.
+    2N + 4·layers·width·context (paper, table 3), N including the output head, width that of all attention heads; what
+    a looped model uses again is counted again, attention without the causal half, norms and activations not at all.
     """
-    return 2.0 * matrix_parameters(config) + config.num_hidden_layers * _attention_flops(config, context)
+    runs = config.num_hidden_layers * getattr(config, "num_loops", 1)
+    return 2.0 * _multiplied(config) + runs * _attention_flops(config, context)
+
+
+def _multiplied(config: PreTrainedConfig) -> int:
+    """Parameters that multiply a text token, each as often as it does: in the loops in which its group takes part."""
+    row, times = architecture_of(config), getattr(config, "num_loops", 1)
+    own = {group.name: len(group.loops) for group in token_groups(config) if group.loops}
+    total = 0
+    for name, module in _model(config).named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            group = name.partition(".groups.")[2].partition(".")[0]
+            inside = row.block_number(name) is not None
+            total += module.weight.numel() * (own.get(group, times) if inside else 1)
+    return total
 
 
 def head_share(config: PreTrainedConfig, context: int) -> float:
@@ -90,8 +104,9 @@ def training_flops_of(
     mixers = [block.get_submodule(row.last[0]) for block in blocks]
     rows, reached = _read(model, {*grouped, *plain, *mixers}, inputs or _smallest(model))
     weights = [(m, m) for m in plain] + [(inner, m) for m in grouped for inner in m.groups.values()]
-    products = sum(_numbers(w) * rows[m] * (1 + w.weight.requires_grad + (m in reached)) for w, m in weights)
-    attention = sum(rows[m] * _attention_flops(config, context or rows[m]) * (3 if m in reached else 1) for m in mixers)
+    products = sum(_numbers(w) * (rows[m] * (1 + w.weight.requires_grad) + reached[m]) for w, m in weights)
+    length = context or max((rows[m] for m in mixers), default=0) // getattr(config, "num_loops", 1)
+    attention = sum(rows[m] + 2 * reached[m] for m in mixers) * _attention_flops(config, length)
     return 2.0 * products + attention
 
 
@@ -103,15 +118,15 @@ def _numbers(linear: Any) -> int:
 
 def _read(
     model: PreTrainedModel, modules: Collection[nn.Module], inputs: Mapping[str, Any]
-) -> tuple[Counter[nn.Module], set[nn.Module]]:
-    """Return how many rows each of `modules` reads of `inputs`, and whose depend on what trains."""
+) -> tuple[Counter[nn.Module], Counter[nn.Module]]:
+    """Return how many rows each of `modules` reads of `inputs`, and how many of them depend on what trains."""
     rows: Counter[nn.Module] = Counter()
-    reached: set[nn.Module] = set()
+    reached: Counter[nn.Module] = Counter()
 
     def look(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        rows[module] += arguments[0].numel() // arguments[0].shape[-1]
-        if arguments[0].requires_grad:
-            reached.add(module)
+        count = arguments[0].numel() // arguments[0].shape[-1]
+        rows[module] += count
+        reached[module] += count if arguments[0].requires_grad else 0
 
     hooks = [module.register_forward_pre_hook(look) for module in modules]
     training = model.training

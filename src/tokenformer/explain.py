@@ -101,10 +101,10 @@ def explain(model: PreTrainedModel, input_ids: Tensor, *, target: int | None = N
     length, context = input_ids.shape[-1], getattr(model.config, "max_position_embeddings", None)
     if not length or (context and length > context):
         raise EvaluationError(f"the prompt has {length} text tokens; the model reads 1 to {context}")
-    seen: dict[_Place, Tensor] = {}
+    seen: list[tuple[_Place, Tensor]] = []  # a place several times where the blocks are looped
 
     def see(block: int, token_map: TokenMap, weights: dict[str, Tensor]) -> None:
-        seen.update({(block, token_map, group): w for group, w in weights.items()})
+        seen.extend(((block, token_map, group), w) for group, w in weights.items())
 
     was_training = model.training
     model.eval()
@@ -116,16 +116,17 @@ def explain(model: PreTrainedModel, input_ids: Tensor, *, target: int | None = N
             target = int(logits.argmax()) if target is None else target
             if not 0 <= target < len(logits):
                 raise EvaluationError(f"text token {target} is not in the vocabulary of {len(logits)}")
-            gradients = torch.autograd.grad(logits[target], list(seen.values()))
+            gradients = torch.autograd.grad(logits[target], [weight for _, weight in seen])
     finally:
         model.train(was_training)
     logits = logits.detach()
-    # By place: what each parameter token `[n]` had to do with each text token `[T]` of the prompt.
-    weights = {place: weight.detach().float().reshape(length, -1) for place, weight in seen.items()}
-    products = {
-        place: weight * gradient.float().reshape(length, -1)
-        for (place, weight), gradient in zip(weights.items(), gradients, strict=True)
-    }
+    # By place: what each parameter token `[n]` had to do with each text token of the prompt, loop after loop `[L · T]`.
+    weights: dict[_Place, Tensor] = {}
+    products: dict[_Place, Tensor] = {}
+    for (place, weight), gradient in zip(seen, gradients, strict=True):
+        rows = weight.detach().float().reshape(length, -1)
+        for found, part in ((weights, rows), (products, rows * gradient.float().reshape(length, -1))):
+            found[place] = torch.cat([found[place], part]) if place in found else part
     sums = {place: product.sum(0) for place, product in products.items()}
     total: dict[tuple[int, str, str], float] = {}
     for (block, token_map, group), contribution in sums.items():
@@ -134,7 +135,8 @@ def explain(model: PreTrainedModel, input_ids: Tensor, *, target: int | None = N
     contributions = []
     for place, i in _largest(sums, top):
         block, token_map, group = place
-        position = int(products[place][:, i].abs().argmax())
+        row = int(products[place][:, i].abs().argmax())
+        strength = float(weights[place][row, i])
         contributions.append(
             Contribution(
                 block=block,
@@ -142,12 +144,12 @@ def explain(model: PreTrainedModel, input_ids: Tensor, *, target: int | None = N
                 projection=token_map.projection,
                 group=group,
                 index=i,
-                position=position,
-                weight=float(weights[place][position, i]),
+                position=row % length,
+                weight=strength,
                 contribution=float(sums[place][i]),
                 promotes=()
                 if token_map.projection == "qkv"
-                else promotes(model, block, token_map.name, group, i, weight=float(weights[place][position, i])),
+                else promotes(model, block, token_map.name, group, i, weight=strength),
             )
         )
     return Explanation(

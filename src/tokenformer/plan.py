@@ -19,7 +19,7 @@ from .growth.architectures import architecture_of
 from .sections import Section, read_sections
 from .training.log import read_log
 from .training.model import ModelSection
-from .units import scientific, short
+from .units import looped, scientific, short
 
 
 class Device(NamedTuple):
@@ -163,7 +163,8 @@ class PlannedModel(Section):
             return str(self.run)
         if self.model is not None and self.model.preset:
             return ("changed " if len(self.model.model_fields_set) > 1 else "") + self.model.preset
-        return f"{self.config.model_type} {self.config.num_hidden_layers} × {self.config.hidden_size}"
+        size = f"{self.config.num_hidden_layers} × {self.config.hidden_size}"
+        return f"{self.config.model_type} {size}{looped(getattr(self.config, 'num_loops', 1))}"
 
 
 @dataclasses.dataclass(frozen=True)

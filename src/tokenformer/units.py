@@ -21,6 +21,11 @@ def amount(number: float) -> str:
     return short(number) if number >= 999_999.5 else f"{number:,.0f}" if number >= 99.5 else f"{number:.3g}"
 
 
+def looped(loops: int) -> str:
+    """Say behind a number of blocks how often they run, where that is more than once: ", run 2 times"."""
+    return f", run {loops} times" if loops > 1 else ""
+
+
 def counted(number: int, thing: str) -> str:
     """Write a number of things, whose plural ends in s: 1 block, 1,000 blocks."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"

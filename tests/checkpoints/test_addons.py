@@ -154,7 +154,7 @@ def test_addons_belong_to_one_parent(family):
         split_checkpoint(source, "a", folder / "parent" / "a.safetensors")
     grow(models["a"], num_hidden_layers="+1", name="deep")
     save_checkpoint(folder / "deep", models["a"], None, Lineage())
-    with pytest.raises(GrowthError, match="'deep' came with blocks of its own, which an add-on cannot carry"):
+    with pytest.raises(GrowthError, match=r"'deep' came with blocks [0-9]+, which an add-on cannot carry"):
         split_checkpoint(open_checkpoint(folder / "deep"), "deep", folder / "d.safetensors")
     assert leftovers(folder) == sorted([*before, "deep"])
 

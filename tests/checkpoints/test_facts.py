@@ -25,6 +25,7 @@ MODELS = {
     "paper": lambda: tiny(),
     "grown": lambda: make("grown"),
     "blocks": lambda: grown(two_groups("ffn"), num_hidden_layers="+2"),
+    "loops": lambda: grown(tiny(), ffn_param_tokens="+8", num_loops=3),
     "untied": lambda: tiny(tie_word_embeddings=False),
     "biased": lambda: tiny(norm_activation_type="gelu", pattention_bias=True),
     "llama": lambda: grown(ordinary(), ffn_param_tokens="+8"),
@@ -60,6 +61,7 @@ def test_facts_are_those_of_the_model(kind, dtype, tmp_path):
     assert {g["name"]: g["tokens"] for g in facts["groups"]} == cost.group_tokens(config)
     assert {g["name"]: g["parameters"] for g in facts["groups"]} == cost.group_parameters(config)
     assert all(g["bytes"] == g["parameters"] * dtype.itemsize for g in facts["groups"])
+    assert facts["num_loops"] == getattr(config, "num_loops", 1)
     assert [facts[field] for field in ("num_hidden_layers", "hidden_size", "vocab_size")] == [
         getattr(config, field) for field in ("num_hidden_layers", "hidden_size", "vocab_size")
     ]

@@ -36,7 +36,7 @@ from tokenformer.checkpoints.optimizer import load_states
 from tokenformer.checkpoints.rewrite import merge_checkpoints, open_checkpoint, rewrite
 from tokenformer.checkpoints.verify import weight_files, weights_digest
 from tokenformer.errors import CheckpointError, GrowthError
-from tokenformer.growth.architectures import architecture_of, group_names
+from tokenformer.growth.architectures import architecture_of, group_names, token_groups
 from tokenformer.growth.freeze import freeze_only, trainable_parts
 from tokenformer.growth.groups import consolidate_operation, drop_operation, merge
 from tokenformer.growth.grow import grow_operation
@@ -56,9 +56,15 @@ def llama(dtype=torch.float32):
     return model.to(dtype)
 
 
+def looped(model):
+    grow(model, ffn_param_tokens="+5", num_loops=2, name="again")
+    return model
+
+
 MODELS = {
     "paper": lambda: two_groups("paper"),
     "ffn": lambda: two_groups("ffn"),
+    "looped": lambda: looped(tiny("ffn")),
     "grown": lambda: make("grown"),
     "per_group": lambda: tiny(token_group_norm="per_group"),
     "biased": lambda: tiny(pattention_bias=True, norm_activation_type="gelu", use_parallel_residual=True),
@@ -74,9 +80,12 @@ def operations(config, dtype):
     seeded = {"seed": 5, "dtype": dtype}
     yield grow_operation(config, **seeded, ffn_param_tokens="+25%", num_hidden_layers="+2")
     if architecture_of(config).has_pattention:
-        yield grow_operation(config, **seeded, qkv_param_tokens="+3", output_param_tokens="+3", name="x")
+        yield grow_operation(
+            config, **seeded, qkv_param_tokens="+3", output_param_tokens="+3", num_loops="+2", name="x"
+        )
     if len(names) > 1:
         yield drop_operation(config, names[1:])
+    if len(names) > 1 and not any(group.brought for group in token_groups(config)):
         yield consolidate_operation(config)
 
 
@@ -141,7 +150,7 @@ def same_states(a, b):
     )
 
 
-@pytest.mark.parametrize("kind", ["paper", "ffn", "grown", "vision", "llama", "phi3"])
+@pytest.mark.parametrize("kind", ["paper", "ffn", "grown", "looped", "vision", "llama", "phi3"])
 @pytest.mark.parametrize("frozen", [(), ("base", "embedding")])
 def test_the_optimizers_state_moves_along(kind, frozen, tmp_path):
     model = MODELS[kind]()

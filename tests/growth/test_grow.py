@@ -164,6 +164,8 @@ def test_official_growth_with_tau_kept_is_ours():
         ({"ffn_param_tokens": 160}, "nothing to grow"),
         ({"ffn_param_tokens": 159}, "ffn_param_tokens asked 159, found 160"),
         ({"num_hidden_layers": 2}, "num_hidden_layers asked 2, found 3"),
+        ({"num_loops": 1}, "nothing to grow: .* num_loops 1"),
+        ({"num_loops": 0}, "num_loops asked 0, found 1"),
         ({"ffn_param_tokens": "+5k"}, r"is .\+5k.; write a total"),
         ({"ffn_param_tokens": "1.5"}, "write a total"),
         ({"ffn_param_tokens": "50%"}, "write a total"),

@@ -43,6 +43,9 @@ class History:
     def blocks(self):
         self.grow(num_hidden_layers="+1", ffn_param_tokens="+3")
 
+    def loops(self):
+        self.grow(ffn_param_tokens="+3", **({"num_loops": "+1"} if hasattr(self.model.config, "num_loops") else {}))
+
     def train(self):
         if self.earlier:
             train_only(self.model, self.earlier[-1][0], optimizer=torch.optim.SGD)
@@ -55,7 +58,7 @@ class History:
 
     def consolidate(self):
         config = self.model.config
-        names = [group.name for group in token_groups(config) if not group.blocks]
+        names = [group.name for group in token_groups(config) if not group.brought]
         if len(names) > 1 and getattr(config, "token_group_norm", None) != "per_group":
             before, size = logits(self.model), self.model.num_parameters()
             consolidate(self.model, names)
@@ -76,7 +79,7 @@ class History:
         self.earlier += [(a, parent), (b, before)]
 
 
-STEPS = ["tokens", "blocks", "train", "drop", "consolidate", "merge"]
+STEPS = ["tokens", "blocks", "loops", "train", "drop", "consolidate", "merge"]
 
 
 @every_kind
@@ -98,7 +101,10 @@ def test_what_every_step_promises_once(kind):
         "train",
         "blocks",
         "train",
+        "loops",
+        "train",
         "merge",
+        "drop",
         "drop",
         "drop",
         "drop",

@@ -20,6 +20,7 @@ def make(kind):
         return tiny(kind, dtype=torch.float64)
     model = tiny(dtype=torch.float64)
     grow(model, qkv_param_tokens="+50%", output_param_tokens="+50%", ffn_param_tokens="+50%", num_hidden_layers="+1")
+    grow(model, ffn_param_tokens="+10%", num_loops=2)
     with torch.no_grad():
         for weight in model.parameters():
             if not weight.any():

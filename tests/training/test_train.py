@@ -59,7 +59,13 @@ def content(text):
         "stages": [
             {"text_tokens": 1300},
             {"text_tokens": 1300, "ffn_param_tokens": "+50%", "num_hidden_layers": 3, "name": "more"},
-            {"text_tokens": 1300, "qkv_param_tokens": "+8", "output_param_tokens": 8, "frozen": ["base", "embedding"]},
+            {
+                "text_tokens": 1300,
+                "qkv_param_tokens": "+8",
+                "output_param_tokens": 8,
+                "num_loops": 2,
+                "frozen": ["base", "embedding"],
+            },
         ],
     }
 
@@ -107,6 +113,7 @@ def test_stages_grow_the_model_and_the_lineage_adds_up(finished, content):
         assert lineage.last.recipe == parse_recipe(content).model_dump(exclude_unset=True)
     assert [c.ffn_param_tokens for c in configs] == [32, 48, 48]
     assert [c.num_hidden_layers for c in configs] == [2, 3, 3]
+    assert [c.num_loops for c in configs] == [1, 1, 2]
     assert [e.operation for e in lineage.history] == ["train", "grow", "train", "grow", "train"]
     assert [e.arguments.get("name") for e in lineage.history] == [None, "more", None, "grown1", None]
     assert lineage.history[1].parent == verify_checkpoint(checkpoints[0]).weights_sha256

@@ -89,8 +89,8 @@ def split_state(config: PreTrainedConfig, state: State, name: str, output: str |
         )
     check_known(config, [name])
     listed = {entry.name: entry for entry in token_groups(config)}
-    if listed[name].blocks:
-        raise GrowthError(f"token group {name!r} came with blocks of its own, which an add-on cannot carry")
+    if listed[name].brought:
+        raise GrowthError(f"token group {name!r} came with {listed[name].brought}, which an add-on cannot carry")
     if listed[name].weights == "packed":
         raise GrowthError(f"token group {name!r} is packed in 2 bits; split the checkpoint from before it was packed")
     others = [other for other in listed if other != name]

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 from .. import cost
 from ..growth.architectures import GroupEntry, architecture_of, token_groups, weights_of
-from ..units import counted
+from ..units import counted, looped
 from .lineage import Event, Lineage
 
 _LOADING = """\
@@ -84,7 +84,8 @@ def model_card(config: PreTrainedConfig, lineage: Lineage, *, license: str | Non
         f"# A {'TokenFormer' if ours else config.model_type}",
         f"{(_TOKENFORMER if ours else _ORDINARY).format(article=article, kind=config.model_type, what=what)}: "
         f"{cost.parameters(config):,} parameters, {counted(config.num_hidden_layers, 'block')} of width "
-        f"{config.hidden_size}, {counted(config.num_attention_heads, 'head')}, {_reads(config)}.{_ternary(config)}",
+        f"{config.hidden_size}{looped(getattr(config, 'num_loops', 1))}, "
+        f"{counted(config.num_attention_heads, 'head')}, {_reads(config)}.{_ternary(config)}",
         "## Load it",
         _LOADING.format(**loading | {"trust": ", trust_remote_code=True"}) + _TRUST
         if ours
@@ -127,9 +128,8 @@ def _counts(group: GroupEntry) -> str:
     """Write how many parameter tokens a group has in a query, key or value map, an output, a feed-forward."""
     counts = {projection: group.over(projection) for projection in group.counts if any(group.over(projection))}
     told = [f"{p} {min(n):,}" if min(n) == max(n) else f"{p} {min(n):,} to {max(n):,}" for p, n in counts.items()]
-    blocks = [f"blocks {', '.join(map(str, group.blocks))}"] if group.blocks else []
     kept = [] if group.weights == "float" else [group.weights]
-    return ", ".join([*told, *blocks, *(["routed"] if group.routed else []), *kept])
+    return ", ".join([*told, *filter(None, [group.brought]), *(["routed"] if group.routed else []), *kept])
 
 
 def _seen(config: PreTrainedConfig, event: Event) -> tuple[str, int]:

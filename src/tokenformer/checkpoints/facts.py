@@ -45,6 +45,7 @@ def checkpoint_facts(path: str | Path) -> dict[str, Any]:
         "bytes": size,
         "training_bytes": 16 * total,
         "num_hidden_layers": len(blocks),
+        "num_loops": fields.get("num_loops", 1),
         "hidden_size": norm.shape[0] if norm else fields.get("hidden_size"),
         "vocab_size": fields.get("vocab_size"),
         "labels": len(fields["id2label"]) if row.auto == "AutoModelForImageClassification" else None,
@@ -66,13 +67,13 @@ def _group(config: Any, row: Architecture, group: GroupEntry, headers: dict[str,
             tokens += count
             for part in token_map.parts:
                 header = headers.get(row.block_name(block) + part.stored.format(group=group.name))
-                if header is None or not count:
+                if header is None:
                     continue
                 numbers = _numbers(header) // part.piece[1]
                 if "{group}" not in part.tensor:
-                    numbers = numbers * count // together
+                    numbers = numbers * count // together if count else 0
                 parameters, size = parameters + numbers, size + numbers * _BYTES[header.dtype]
-    notes = [f"with blocks {', '.join(map(str, group.blocks))}"] if group.blocks else []
+    notes = [f"with {group.brought}"] if group.brought else []
     notes += ["routed"] if group.routed else []
     notes += [] if group.weights == "float" else [group.weights]
     return {

@@ -47,6 +47,9 @@ def grow(
         ),
     ] = None,
     num_hidden_layers: Annotated[str | None, typer.Option(help="Depth, likewise.", metavar="AMOUNT")] = None,
+    num_loops: Annotated[
+        str | None, typer.Option(help="Times that the blocks run, likewise.", metavar="AMOUNT")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Of the new token group.  [default: grown1, grown2, …]")] = None,
     norm: Annotated[
         Literal["joint", "per-group"] | None,
@@ -63,7 +66,8 @@ def grow(
     from ..growth.grow import grow_operation
 
     if at or tokens is not None:
-        sizes = (preset, qkv_param_tokens, output_param_tokens, ffn_param_tokens, num_hidden_layers, norm, weights)
+        counts = (qkv_param_tokens, output_param_tokens, ffn_param_tokens, num_hidden_layers, num_loops)
+        sizes = (preset, *counts, norm, weights)
         grow_beside(checkpoint, output, at or [], tokens, name=name, seed=seed, force=force, alone=not any(sizes))
         return
 
@@ -75,6 +79,7 @@ def grow(
             output_param_tokens=output_param_tokens,
             ffn_param_tokens=ffn_param_tokens,
             num_hidden_layers=num_hidden_layers,
+            num_loops=num_loops,
             name=name,
             norm=norm.replace("-", "_") if norm else None,
             weights=weights,

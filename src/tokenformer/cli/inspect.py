@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..units import amount, counted
+from ..units import amount, counted, looped
 from .arguments import Json, Model
 from .beside import print_addon
 from .console import make_console
@@ -55,7 +55,7 @@ def inspect(
     console = make_console()
     console.print(
         f"{checkpoint}: {facts['parameters']:,} parameters, {counted(facts['num_hidden_layers'], 'block')} of width "
-        f"{facts['hidden_size']}, {facts['kind']}, {chooses}\n"
+        f"{facts['hidden_size']}{looped(facts['num_loops'])}, {facts['kind']}, {chooses}\n"
         f"Training needs {amount(facts['training_bytes'] / 1e6)} MB beside activations (float32, AdamW); {use} "
         f"reads {amount(facts['bytes'] / 1e6)} MB.",
         markup=False,

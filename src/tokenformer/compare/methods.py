@@ -248,7 +248,7 @@ def _fresh(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 METHODS: dict[str, Method] = {
-    "exact": Method(_exact, (*_TOKENS, "num_hidden_layers", "norm"), _BOTH),
+    "exact": Method(_exact, (*_TOKENS, "num_hidden_layers", "num_loops", "norm"), _BOTH),
     "random_keys": Method(partial(_departing, random_keys=True, recomputed_tau=False), _TOKENS, _TOKENFORMER),
     "recomputed_tau": Method(partial(_departing, random_keys=False, recomputed_tau=True), _TOKENS, _TOKENFORMER),
     "published": Method(partial(_departing, random_keys=True, recomputed_tau=True), _TOKENS, _TOKENFORMER),

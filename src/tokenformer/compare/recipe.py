@@ -43,6 +43,8 @@ class ArmStage(Section):
     """Likewise in the feed-forward; an ordinary transformer's MLP neurons."""
     num_hidden_layers: Amount | None = None
     """Blocks to reach."""
+    num_loops: Amount | None = None
+    """Times to reach that the blocks run; what grows with it takes part in the new loops alone."""
     factor: int | None = Field(None, gt=1)
     """What hyperclone multiplies the width by."""
     shrink: float | None = Field(None, ge=0, le=1)

@@ -35,7 +35,8 @@ def initial_scales(model: PreTrainedModel, ids: Tensor) -> list[dict[str, float]
 
     Returns:
         For each block the root mean square over all numbers of the residual `stream` that enters it (in the first block
-        that is the embedding), and of what its `attention` and its `feed_forward` add to it.
+        that is the embedding), and of what its `attention` and its `feed_forward` add to it; where blocks are looped,
+        the first time.
     """
     row = architecture_of(model.config)
     blocks = row.blocks_of(model)
@@ -44,7 +45,7 @@ def initial_scales(model: PreTrainedModel, ids: Tensor) -> list[dict[str, float]
     for block, scales in zip(blocks, found, strict=True):
 
         def enters(module: nn.Module, arguments: Any, named: dict[str, Any], scales: dict[str, float] = scales) -> None:
-            scales["stream"] = _size(arguments[0] if arguments else named["hidden_states"])
+            scales.setdefault("stream", _size(arguments[0] if arguments else named["hidden_states"]))
 
         hooks.append(block.register_forward_pre_hook(enters, with_kwargs=True))
         for part, name in zip(PARTS, row.adds or row.last, strict=True):
@@ -52,7 +53,7 @@ def initial_scales(model: PreTrainedModel, ids: Tensor) -> list[dict[str, float]
             def leaves(
                 module: nn.Module, arguments: Any, output: Tensor, scales: dict[str, float] = scales, part: str = part
             ) -> None:
-                scales[part] = _size(output)
+                scales.setdefault(part, _size(output))
 
             hooks.append(block.get_submodule(name).register_forward_hook(leaves))
     try:

@@ -189,6 +189,8 @@ def check_expressible(config: TokenformerConfig) -> None:
         reasons.append("the norms in its blocks have weights and biases")
     if config.use_qk_norm:
         reasons.append("its queries and keys are normalised")
+    if config.num_loops > 1:
+        reasons.append(f"its blocks run {config.num_loops} times")
     if config.use_embedding_norm:
         reasons.append("its embeddings are normalised")
     for group in token_groups(config):

@@ -37,6 +37,7 @@ class GroupEntry:
         weights: how its keys and values are kept, one of `models.ternary.WEIGHTS`.
         modality: where it takes part in a model that reads text and images; None: everywhere.
         tau: constant τ of its own by projection, where that is not the model's.
+        loops: numbers of the loops over the blocks that came with it, and go with it, in which alone it takes part.
     """
 
     name: str
@@ -46,6 +47,7 @@ class GroupEntry:
     weights: str = "float"
     modality: str | None = None
     tau: Mapping[str, float] = field(default_factory=dict)
+    loops: tuple[int, ...] = ()
 
     @classmethod
     def from_config(cls, entry: Mapping[str, Any]) -> GroupEntry:
@@ -53,7 +55,7 @@ class GroupEntry:
         counts = {
             key: tuple(count) if isinstance(count, list) else count
             for key, count in entry.items()
-            if key not in ("name", "blocks", "routed", "weights", "modality", "tau")
+            if key not in ("name", "blocks", "routed", "weights", "modality", "tau", "loops")
         }
         return cls(
             entry["name"],
@@ -63,6 +65,7 @@ class GroupEntry:
             entry.get("weights", "float"),
             entry.get("modality"),
             entry.get("tau", {}),
+            tuple(entry.get("loops", ())),
         )
 
     def to_config(self) -> dict[str, Any]:
@@ -78,7 +81,14 @@ class GroupEntry:
             **({"modality": self.modality} if self.modality else {}),
             **({"tau": dict(self.tau)} if self.tau else {}),
             **({"blocks": list(self.blocks)} if self.blocks else {}),
+            **({"loops": list(self.loops)} if self.loops else {}),
         }
+
+    @property
+    def brought(self) -> str:
+        """What came with the group and goes with it, in words: "blocks 3, 4", "loops 1", or nothing."""
+        brought = {"blocks": self.blocks, "loops": self.loops}
+        return " and ".join(f"{what} {', '.join(map(str, which))}" for what, which in brought.items() if which)
 
     def count(self, projection: str, block: int) -> int:
         """Parameter tokens in each map of a projection in one block."""
@@ -266,7 +276,10 @@ def with_groups(
                 f"the blocks would have {min(totals)} to {max(totals)} neurons, but a {config.model_type!r} model "
                 f"has one number for all, {count}; choose the same for every block"
             )
-        if min(totals) == 0 and projection not in (getattr(config, "linear_projections", None) or ()):
+        always = [
+            sum(group.count(projection, i) for group in groups if not group.loops) for i in range(row.depth_of(new))
+        ]
+        if min(always) == 0 and projection not in (getattr(config, "linear_projections", None) or ()):
             raise GrowthError(
                 f"nothing would be left in the {projection} projection: its token groups are "
                 f"{', '.join(group_names(config))}, and it has no linear map beside them; keep at least one"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -27,7 +28,7 @@ def freeze(model: nn.Module, names: Iterable[str] = (), *, all_but: Iterable[str
     Args:
         model: TokenFormer, an ordinary transformer of an architecture in the table, or any model with token groups
             beside its linear maps.
-        names: token groups (with the blocks that came with them), "embedding" (with the output head), "final_norm", or
+        names: token groups (with what came with them), "embedding" (with the output head), "final_norm", or
             "linear_maps": all else in the blocks. Of a model that is not in the table: "base", all that is no token
             group.
         all_but: freeze every part but these, and let these train.
@@ -85,7 +86,8 @@ def _own_parts(model: Any) -> dict[str, list[nn.Parameter]]:
     blocks, norm = row.blocks_of(model), row.final_norm_of(model)
     for number, block in enumerate(blocks):
         for name, parameter in block.named_parameters():
-            group = name.partition("groups.")[2].partition(".")[0]
+            found = re.search(r"\.(?:groups|scales)\.(\w+)\.", name)
+            group = found[1] if found else ""
             inside[owner.get(number) or (group if group in inside else LINEAR_MAPS)].append(parameter)
     inside[FINAL_NORM] = [] if norm is None else list(norm.parameters())
     elsewhere = {id(p) for p in [*blocks.parameters(), *inside[FINAL_NORM]]}

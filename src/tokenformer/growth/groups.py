@@ -38,7 +38,7 @@ ReadMap = Callable[[int, TokenMap], Groups]
 
 
 def drop(model: nn.Module, names: Iterable[str]) -> None:
-    """Remove token groups, and the blocks that came with them.
+    """Remove token groups, and the blocks and loops that came with them.
 
     Where everything older was frozen while they trained, what is left is the earlier model to the last bit.
 
@@ -64,6 +64,12 @@ def drop_operation(config: PreTrainedConfig, names: Iterable[str]) -> Operation:
     gone = {block for group in groups if group.name in names for block in group.blocks}
     blocks = [block for block in range(row.depth_of(config)) if block not in gone]
     left = [group for group in groups if group.name not in names]
+    ended = {loop for group in groups if group.name in names for loop in group.loops}
+    loops = [loop for loop in range(getattr(config, "num_loops", 1)) if loop not in ended]
+    fewer = {}
+    if ended:
+        left = [replace(group, loops=tuple(loops.index(loop) for loop in group.loops)) for group in left]
+        fewer = {"num_loops": len(loops)}
     taus = {
         f"{projection}_tau": None
         for projection in row.counts
@@ -73,7 +79,7 @@ def drop_operation(config: PreTrainedConfig, names: Iterable[str]) -> Operation:
     def change(block: int, token_map: TokenMap, old: Groups) -> Groups:
         return {name: tensors for name, tensors in old.items() if name not in names}
 
-    changed = with_groups(config, left, blocks=blocks if gone else None, **taus)
+    changed = with_groups(config, left, blocks=blocks if gone else None, **taus, **fewer)
     return Operation("drop", changed, change, blocks, arguments={"groups": names})
 
 
@@ -87,7 +93,7 @@ def consolidate(model: PreTrainedModel, names: Iterable[str] | None = None, *, n
 
     Raises:
         GrowthError: an unknown group, fewer than two, groups that are routed, ternary or normalised each by itself
-            (one group could not do what they do), or that came with blocks. The model is then untouched.
+            (one group could not do what they do), or that came with blocks or loops. The model is then untouched.
     """
     operation = consolidate_operation(model.config, names, name=name)
     check_plain(model, operation.arguments["groups"])
@@ -127,9 +133,12 @@ def consolidate_operation(
         raise GrowthError(
             "each token group has a norm of its own here; one group would have one norm and other outputs"
         )
-    owned = [group.name for group in chosen if group.blocks]
-    if owned:
-        raise GrowthError(f"token group {', '.join(owned)} owns blocks, which go when it is dropped; leave it out")
+    owned = next((group for group in chosen if group.brought), None)
+    if owned is not None:
+        raise GrowthError(
+            f"token group {owned.name} came with {owned.brought} and goes with what it brought when it is dropped; "
+            "leave it out"
+        )
     check_new(config, new, besides=wanted)
     frozen = [group.name for group in chosen if group.name in frozen_names(config)]
     if 0 < len(frozen) < len(chosen):
@@ -303,9 +312,9 @@ def merge_operation(
             f"token group {', '.join(packed)} is packed in 2 bits, and a pack stays where it is; merge or attach what "
             "it was packed from"
         )
-    owners = [old for old in new if theirs[old].blocks]
-    if owners:
-        raise GrowthError(f"token group {', '.join(owners)} came with blocks of its own, which cannot be merged")
+    for old in new:
+        if theirs[old].brought:
+            raise GrowthError(f"token group {old} came with {theirs[old].brought} of its own, which cannot be merged")
     fields = _taus(config, other_config)
     if norm not in (None, "joint", "per_group"):
         raise GrowthError(f"norm is {norm!r}; it must be joint or per_group")

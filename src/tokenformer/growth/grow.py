@@ -44,6 +44,7 @@ def grow(
     output_param_tokens: Amount | None = None,
     ffn_param_tokens: Amount | None = None,
     num_hidden_layers: Amount | None = None,
+    num_loops: Amount | None = None,
     name: str | None = None,
     norm: str | None = None,
     weights: str | None = None,
@@ -54,8 +55,10 @@ def grow(
     New parameter tokens form one token group. Beside tokens that share their norm its keys are zero and its values
     random; elsewhere (beside a linear map alone, norms per group, the neurons of an ordinary transformer) its keys are
     random and its values zero. New blocks are copies of the block below, spread evenly, whose last maps are zero; they
-    belong to the new group. Trained parameters stay the same objects; τ does not move. An ordinary transformer's
-    neurons are first told apart by `group_neurons`, which for GPT-2 and Phi-3 is exact to rounding.
+    belong to the new group. New loops run all blocks of a TokenFormer once more; what a block adds there is multiplied
+    with vectors of the new group, which are zero, and its parameter tokens take part in these loops alone. Trained
+    parameters stay the same objects; τ does not move. An ordinary transformer's neurons are first told apart by
+    `group_neurons`, which for GPT-2 and Phi-3 is exact to rounding.
 
     With `at`, any PyTorch model gets parameter tokens beside its linear maps: y = L(x) + tokens(x). Their keys are
     random, their values zero, and they have a norm of their own. The maps stay the objects that they are, whatever they
@@ -73,6 +76,7 @@ def grow(
             groups together: a total, or what to add as "+256" or "+50%". Default: as they are. An ordinary
             transformer's are its MLP's neurons, `ffn_param_tokens`.
         num_hidden_layers: blocks to reach, in the same notations.
+        num_loops: times to reach that the blocks run, likewise.
         name: of the new group; default "grown1", "grown2", ….
         norm: "joint" or "per_group": one norm over all token groups or one each, where the model has one group and both
             compute the same.
@@ -94,6 +98,7 @@ def grow(
         "output_param_tokens": output_param_tokens,
         "ffn_param_tokens": ffn_param_tokens,
         "num_hidden_layers": num_hidden_layers,
+        "num_loops": num_loops,
         "norm": norm,
         "weights": weights,
     }
@@ -131,6 +136,7 @@ def grow_operation(
     device: torch.device | str = "cpu",
     preset: str | None = None,
     num_hidden_layers: Amount | None = None,
+    num_loops: Amount | None = None,
     name: str | None = None,
     norm: str | None = None,
     weights: str | None = None,
@@ -142,14 +148,21 @@ def grow_operation(
         config: of the model.
         seed: of the random values.
         dtype, device: of the new tensors.
-        preset, num_hidden_layers, name, norm, weights, param_tokens: as for `grow`.
+        preset, num_hidden_layers, num_loops, name, norm, weights, param_tokens: as for `grow`.
 
     Raises:
         GrowthError: as `grow`.
     """
     row = architecture_of(config)
     fields = {**{f"{p}_param_tokens": field for p, field in row.counts.items()}, "num_hidden_layers": row.depth}
-    asked = {**param_tokens, "num_hidden_layers": num_hidden_layers}
+    if row.has_pattention:
+        fields["num_loops"] = "num_loops"
+    elif num_loops is not None:
+        raise GrowthError(
+            f"num_loops is {num_loops}, but the code of a {config.model_type!r} model runs each block once; only a "
+            "TokenFormer can be looped. Add blocks instead, with num_hidden_layers"
+        )
+    asked = {**param_tokens, "num_hidden_layers": num_hidden_layers, "num_loops": num_loops}
     if preset is not None:
         given = {field: amount for field, amount in asked.items() if amount is not None}
         asked = {**_preset_totals(config, preset), **given}
@@ -167,17 +180,29 @@ def grow_operation(
         f"{p}_param_tokens": max(sum(group.count(p, block) for group in groups) for block in blocks) for p in row.counts
     }
     current["num_hidden_layers"] = len(blocks)
+    if "num_loops" in fields:
+        current["num_loops"] = config.num_loops
     target = {field: resolve_amount(asked.get(field), current[field], what=field) for field in fields}
     added = {p: target[f"{p}_param_tokens"] - current[f"{p}_param_tokens"] for p in row.counts}
     if target == current:
         raise GrowthError(f"nothing to grow: the model already has {_describe(current)}; ask for more than that")
     chosen = _group_norm(config, groups, norm)
+    loops = tuple(range(current.get("num_loops", 1), target.get("num_loops", 1)))
     for projection, count in added.items():
-        if count and current[f"{projection}_param_tokens"] and _kind(config) == "softmax" and chosen == "joint":
+        # In silent loops alone, new parameter tokens change nothing, whatever they are.
+        if not count or loops or not current[f"{projection}_param_tokens"] or chosen != "joint":
+            continue
+        if _kind(config) == "softmax":
             raise GrowthError(
                 f"cannot grow {projection}_param_tokens: this model normalises with softmax, where a new zero-score "
                 "token has weight exp(0) = 1 and takes it from the old ones, so the outputs would change; only "
                 "l2_norm_gelu and gelu_l2_norm models can gain tokens (depth can grow under softmax, too)"
+            )
+        if not all(_always(groups, projection, block) for block in blocks if _any(groups, projection, block)):
+            raise GrowthError(
+                f"cannot grow {projection}_param_tokens: {', '.join(g.name for g in groups if g.loops)} has some that "
+                "take part in its loops alone, and beside none and beside these new ones cannot be exact at once; put "
+                "the new ones into loops of their own with num_loops, or drop it first"
             )
     depth, total = current["num_hidden_layers"], target["num_hidden_layers"]
     reason = row.why_not_deeper(config) if total > depth else None
@@ -193,27 +218,32 @@ def grow_operation(
     new = _group_name(config, name)
     kept = _weights(config, weights)
     more: dict[str, Any] = {"token_group_norm": chosen} if chosen is not None else {}
+    if loops:
+        more["num_loops"] = target["num_loops"]
     for projection, count in added.items():
         if count and not current[f"{projection}_param_tokens"]:
             more[f"{projection}_tau"] = default_tau(count, config.norm_activation_type)
-    grown = with_groups(
-        config, [*groups, GroupEntry(new, {**added}, weights=kept)], blocks=sources if silent else None, **more
-    )
+    entry = GroupEntry(new, {**added}, weights=kept, loops=loops)
+    grown = with_groups(config, [*groups, entry], blocks=sources if silent else None, **more)
     if silent:
         grown.token_groups[-1]["blocks"] = silent
 
     def change(block: int, token_map: TokenMap, old: Groups) -> Groups:
         count = added[token_map.projection]
+        tokens: dict[str, Tensor] = {}
+        if loops and token_map.name in row.last:
+            scale = torch.zeros(config.hidden_size, device=device, dtype=dtype)
+            tokens = {f"{token_map.name}.scales.{{group}}.weight": scale}
         if not count:
-            return old
+            return {**old, new: tokens} if tokens else old
         place = f"{seed} {block} {token_map.name} {new}"
         generator = torch.Generator().manual_seed(
             int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest())
         )
         if row.has_pattention:
-            tokens = _new_tokens(
-                grown, token_map, count, zero_of_new_group(bool(old), chosen or "joint"), generator, device, dtype
-            )
+            beside = _always(groups, token_map.projection, sources[block])
+            zero = zero_of_new_group(beside, chosen or "joint")
+            tokens |= _new_tokens(grown, token_map, count, zero, generator, device, dtype)
         else:
             tokens = _new_neurons(token_map, count, next(iter(old.values())), generator)
         return {**old, new: tokens}
@@ -347,6 +377,15 @@ def _check_last_maps(model: PreTrainedModel) -> None:
         for name, module in block.named_modules():
             if row.is_last(f"{name}.weight") and hasattr(module, "weight"):
                 refuse_unless_plain(module, "add blocks, which begin with zero weights so that they change nothing")
+
+
+def _any(groups: list[GroupEntry], projection: str, block: int) -> bool:
+    return any(group.count(projection, block) for group in groups)
+
+
+def _always(groups: list[GroupEntry], projection: str, block: int) -> bool:
+    """Whether a projection has parameter tokens that take part in every loop."""
+    return _any([group for group in groups if not group.loops], projection, block)
 
 
 def _describe(sizes: dict[str, int]) -> str:

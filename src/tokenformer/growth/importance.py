@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -116,6 +117,7 @@ def measure(
         GrowthError: no row in the table, no text, or weights that are not finite.
     """
     sums: dict[Place, dict[str, Tensor]] = {}
+    counts: Counter[tuple[Place, str]] = Counter()  # of rows: a looped block reads each text token several times
     device = next(model.parameters()).device
 
     def see(block: int, token_map: TokenMap, weights: dict[str, Tensor]) -> None:
@@ -125,6 +127,7 @@ def measure(
         for group, w in rows.items():
             new = torch.stack([w.sum(0), w.square().sum(0), (w.square() > share).float().sum(0)]).cpu().double()
             of_map[group] = of_map[group] + new if group in of_map else new
+            counts[(block, token_map.name), group] += len(w)
 
     was_training, count, done = model.training, 0, 0
     model.eval()
@@ -141,7 +144,7 @@ def measure(
     if not count:
         raise GrowthError("there is no text to measure the importance of parameter tokens on; give at least one block")
     return Importance(
-        uses=_uses(model, sums, count),
+        uses=_uses(model, sums, counts),
         projections={token_map.name: token_map.projection for token_map in architecture_of(model.config).maps},
         linear=frozenset(getattr(model.config, "linear_projections", None) or ()),
         text_tokens=count,
@@ -233,7 +236,9 @@ def _global_counts(importance: Importance, keep: float, projection: str) -> dict
     return dict(zip(curves, counts.tolist(), strict=True))
 
 
-def _uses(model: PreTrainedModel, sums: dict[Place, dict[str, Tensor]], count: int) -> dict[Place, dict[str, GroupUse]]:
+def _uses(
+    model: PreTrainedModel, sums: dict[Place, dict[str, Tensor]], counts: Mapping[tuple[Place, str], int]
+) -> dict[Place, dict[str, GroupUse]]:
     blocks = architecture_of(model.config).blocks_of(model)
     uses: dict[Place, dict[str, GroupUse]] = {}
     for block, token_map in places(model.config):
@@ -248,6 +253,7 @@ def _uses(model: PreTrainedModel, sums: dict[Place, dict[str, Tensor]], count: i
                 for axis in (0, 1)
             ]
             key_norm, value_norm = (torch.as_tensor(s).sqrt().cpu() for s in squares)
+            count = counts[(block, token_map.name), group]
             std = (square / count - (weight / count).square()).clamp_min(0).sqrt()
             use = GroupUse(std.float(), (active / count).float(), value_norm, key_norm)
             if not (use.importance.isfinite().all() and key_norm.isfinite().all()):
@@ -266,7 +272,8 @@ def _watch_pattention(layer: Any, see: Callable[[dict[str, Tensor]], None], undo
         weights[name] = args[0]
 
     def done(*_: Any) -> None:
-        see(dict(weights))
+        if weights:  # nothing where none takes part in a loop
+            see(dict(weights))
         weights.clear()
 
     # A hook on its maps makes a Pattention call them.

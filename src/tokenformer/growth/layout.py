@@ -23,7 +23,7 @@ class Part:
         tensor: its name in the block; with "{group}" in it, every token group has one of its own, else the groups
             follow each other in it.
         axis: along which the parameter tokens lie once it is turned: 0 for keys, 1 for values; None where it belongs to
-            the whole group, as a gate does.
+            the whole group, as a gate and a loop's scale do.
         transposed: the model holds it the other way round.
         fused: name of the tensor that the model holds instead, where it has this one and others of the same shape one
             after the other in one.
@@ -135,7 +135,7 @@ class Architecture:
     def is_last(self, tensor: str) -> bool:
         """Whether a block whose last maps' tensors (name in the block) are zero adds nothing: is this one of them?"""
         inside = any(tensor.startswith(f"{module}.") for module in self.last)
-        return inside and ".keys." not in tensor and ".gates." not in tensor
+        return inside and not any(part in tensor for part in (".keys.", ".gates.", ".scales."))
 
     def depth_of(self, config: PreTrainedConfig) -> int:
         """Count the blocks."""
@@ -155,6 +155,11 @@ class Architecture:
         return self.open_count * config.hidden_size if count is None else count
 
 
+def is_scale(part: str) -> bool:
+    """Whether a tensor is what a map's outputs are multiplied with in the loops that came with a token group."""
+    return ".scales." in part
+
+
 def pattention_map(name: str, projection: str) -> TokenMap:
     """Return the map of a Pattention of this name in the block."""
     group = f"{name}.groups.{{group}}"
@@ -166,6 +171,7 @@ def pattention_map(name: str, projection: str) -> TokenMap:
         Part(f"{group}.values.weight_scale", None),
         Part(f"{name}.gates.{{group}}.weight", None),
         Part(f"{name}.gates.{{group}}.bias", None),
+        Part(f"{name}.scales.{{group}}.weight", None),
     )
     return TokenMap(name, projection, parts)
 

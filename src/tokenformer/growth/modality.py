@@ -183,6 +183,12 @@ def _check(language: Any, vision: Any) -> None:
             "by modality, a 'tokenformer' model, which reads text, takes up a 'tokenformer_vision' model, which reads "
             f"images; these are {kinds[0]!r} and {kinds[1]!r}{hint}"
         )
+    looped = max(language.num_loops, vision.num_loops)
+    if looped > 1:
+        raise GrowthError(
+            f"the blocks of one of these models run {looped} times, and those of two modalities run once; drop the "
+            "token groups that brought the loops"
+        )
     different = [name for name in _SHARED if getattr(language, name) != getattr(vision, name)]
     if different:
         told = ", ".join(f"{name} ({getattr(language, name)}, {getattr(vision, name)})" for name in different)

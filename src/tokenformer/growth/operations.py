@@ -140,9 +140,9 @@ def check_plain(model: PreTrainedModel, names: Iterable[str]) -> None:
     blocks, names = architecture_of(model.config).blocks_of(model), list(names)
     for block, token_map in places(model.config):
         present = read_groups(blocks[block], token_map)
-        for own in (part.own for part in token_map.parts if part.axis is not None):
-            for name in (name for name in names if name in present):
-                linear = blocks[block].get_submodule(own.format(group=name).rpartition(".")[0])
+        for part in (part for part in token_map.parts if part.axis is not None):
+            for name in (name for name in names if part.tensor in present.get(name, {})):
+                linear = blocks[block].get_submodule(part.own.format(group=name).rpartition(".")[0])
                 refuse_unless_plain(linear, f"move the parameter tokens of group {name!r}")
 
 
@@ -156,21 +156,28 @@ def _write_groups(block: nn.Module, token_map: TokenMap, groups: Groups, config:
     if isinstance(layer, Pattention):
         layer.tau = getattr(config, f"{token_map.projection}_tau")
         layer.token_group_norm = config.token_group_norm
+        tokens = {name: own for name, tensors in groups.items() if (own := _inside(tensors, "groups"))}
         layer.groups = nn.ModuleDict(
             {
-                name: layer.groups[name] if name in kept else _token_group(layer, tensors, weights[name])
-                for name, tensors in groups.items()
+                name: layer.groups[name] if name in kept else _token_group(layer, own, weights[name])
+                for name, own in tokens.items()
             }
         )
-        for name in [name for name in layer.gates if name not in kept]:
-            del layer.gates[name]
+        for beside in (layer.gates, layer.scales):
+            for name in [name for name in beside if name not in kept]:
+                del beside[name]
         for name, tensors in groups.items():
-            gate = {part.split(".")[-1]: t for part, t in tensors.items() if ".gates." in part}
-            if gate and name not in layer.gates:
+            if name in kept:
+                continue
+            if gate := _inside(tensors, "gates"):
                 layer.add_gate(name)
                 layer.gates[name].load_state_dict(gate)
-            if name not in kept and name in frozen:
-                layer.groups[name].requires_grad_(False)
+            if scale := _inside(tensors, "scales"):
+                layer.add_scale(name)
+                layer.scales[name].weight = as_parameter(scale["weight"])
+            for owners in (layer.groups, layer.scales):
+                if name in frozen and name in owners:
+                    owners[name].requires_grad_(False)
         apply_notes(layer, config, token_map.projection)
         return
     for module in dict.fromkeys(part.tensor.rpartition(".")[0] for part in token_map.parts):
@@ -185,8 +192,12 @@ def _write_groups(block: nn.Module, token_map: TokenMap, groups: Groups, config:
                     linear.groups[name].requires_grad_(False)
 
 
-def _token_group(layer: Pattention, tensors: dict[str, Tensor], weights: str) -> TokenGroup:
-    by_leaf = {".".join(part.split(".")[-2:]): tensor for part, tensor in tensors.items() if ".gates." not in part}
+def _inside(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Return what of a token group's tensors a Pattention keeps in "groups", "gates" or "scales", by names there."""
+    return {part.partition(f".{kind}.{{group}}.")[2]: t for part, t in tensors.items() if f".{kind}." in part}
+
+
+def _token_group(layer: Pattention, by_leaf: dict[str, Tensor], weights: str) -> TokenGroup:
     with torch.device("meta"):
         group = TokenGroup(
             layer.in_features,

@@ -78,9 +78,9 @@ def route(
         batch_size: text blocks per forward pass.
 
     Raises:
-        GrowthError: no such group, a group that came with blocks, one without which some layer may have nothing left,
-            or neurons that cannot be moved: quantised, adapted, or of a block that has no MLP. The model is then
-            untouched.
+        GrowthError: no such group, a group that came with blocks or loops, one without which some layer may have
+            nothing left, or neurons that cannot be moved: quantised, adapted, or of a block that has no MLP. The model
+            is then untouched.
     """
     if per not in ("text_token", "sequence"):
         raise GrowthError(f'per is {per!r}; it must be "text_token" or "sequence"')
@@ -222,14 +222,14 @@ def _check(config: PreTrainedConfig, name: str) -> list[GroupEntry]:
         raise GrowthError(f"gates are fitted on text, which a {config.model_type!r} model does not read")
     groups = token_groups(config)
     group = next(g for g in groups if g.name == name)
-    if group.blocks:
+    if group.brought:
         raise GrowthError(
-            f"token group {name!r} came with blocks {', '.join(map(str, group.blocks))}, which gates cannot close; to "
-            "route its parameter tokens, grow tokens and blocks as two groups"
+            f"token group {name!r} came with {group.brought}, which gates cannot close; to route its parameter tokens, "
+            "grow tokens alone as another group"
         )
     for block, token_map in places(config):
         projection = token_map.projection
-        always = [g for g in groups if g.count(projection, block) and g.name != name and not g.routed]
+        always = [g for g in groups if g.count(projection, block) and g.name != name and not (g.routed or g.loops)]
         if group.count(projection, block) and not always and projection not in config.linear_projections:
             raise GrowthError(
                 f"token group {name!r} is all that {token_map.name} of block {block} has for text for which no other "

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import GrowthError
 from .architectures import Count, Groups, architecture_of, places, token_groups, with_groups
 from .importance import check_kept, kept, measure, ranked, share_of
-from .layout import TokenMap
+from .layout import TokenMap, is_scale
 from .operations import Operation, apply
 
 # For the (block, map)s that have any, and every token group, the parameter tokens to keep, in their new order.
@@ -99,14 +99,14 @@ def select_operation(config: PreTrainedConfig, indices: Indices, name: str, argu
     def change(block: int, token_map: TokenMap, old: Groups) -> Groups:
         axes = {part.tensor: part.axis for part in token_map.parts}
         chosen = indices.get((block, token_map.name), {})
-        return {
-            group: {
-                part: tensor if axes[part] is None else _take(tensor, axes[part], chosen[group])
-                for part, tensor in tensors.items()
-            }
-            for group, tensors in old.items()
-            if len(chosen.get(group, ()))
-        }
+        new: Groups = {}
+        for group, tensors in old.items():
+            index = chosen.get(group, ())
+            for part, tensor in tensors.items():
+                if len(index) or is_scale(part):  # which a loop needs without tokens, too
+                    whole = axes[part] is None
+                    new.setdefault(group, {})[part] = tensor if whole else _take(tensor, axes[part], index)
+        return new
 
     return Operation(name, with_groups(config, groups), change, range(depth), arguments=arguments)
 
@@ -121,6 +121,6 @@ def check_scales(config: PreTrainedConfig, doing: str) -> None:
         )
 
 
-def _take(tensor: Tensor, axis: int | None, index: Tensor) -> Tensor:
+def _take(tensor: Tensor, axis: int | None, index: Any) -> Tensor:
     assert axis is not None
     return tensor.index_select(axis, index.to(tensor.device))

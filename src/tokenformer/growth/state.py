@@ -165,7 +165,7 @@ def _move_map_states(
             like = next(state[moment] for (_, p), state in having.items() if p == part)
             for group in token_groups(config):
                 count, had = group.count(token_map.projection, source), having.get((group.name, part))
-                if count:
+                if count or had:
                     shape = [count if axis == part.axis else n for axis, n in enumerate(like.shape)]
                     groups.setdefault(group.name, {})[part.tensor] = had[moment] if had else like.new_zeros(shape)
         change = operation.moments or operation.change

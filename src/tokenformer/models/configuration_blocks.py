@@ -22,7 +22,7 @@ from .ternary import WEIGHTS
 from .token_group import check_group, default_tau
 
 # What an entry of token_groups may say beside its name and counts, where it is so.
-_GROUP_NOTES = ("routed", "modality", "tau", "blocks", "weights")
+_GROUP_NOTES = ("routed", "modality", "tau", "blocks", "weights", "loops")
 
 
 @strict
@@ -31,6 +31,8 @@ class TokenformerBlocksConfig(PreTrainedConfig):
 
     Args:
         hidden_size, num_hidden_layers, num_attention_heads: as in any transformer.
+        num_loops: how many times the blocks run one after the other, with the same weights (looped, recursive or
+            universal transformers); each loop has keys and values of its own in the cache.
         qkv_param_tokens: parameter tokens of each of the query, key and value projections, all groups together; where
             blocks differ, of the block that has most.
         output_param_tokens, ffn_param_tokens: likewise of the attention output and of the feed-forward.
@@ -39,7 +41,8 @@ class TokenformerBlocksConfig(PreTrainedConfig):
             each, n being one number or a list with one for every block; `"routed": True` where gates decide for each
             text token whether the group takes part; `"modality"`, in a model that reads text and images, where it
             takes part; `"tau"` a constant τ of its own by projection; `"blocks"` numbers those that were added with it;
-            `"weights"` says how its keys and values are kept, where not as `float`.
+            `"weights"` says how its keys and values are kept, where not as `float`; `"loops"` numbers those that came
+            with it, from 1 on, in which alone it takes part, and in which a vector of its own scales what blocks add.
             Default: one group "base" with the counts above. Where given it decides; the counts follow from it.
         linear_projections: those of "qkv", "output", "ffn" that hold a linear map, with or without tokens beside it.
             Default: those without tokens.
@@ -80,6 +83,7 @@ class TokenformerBlocksConfig(PreTrainedConfig):
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
+    num_loops: int = 1
     qkv_param_tokens: int | None = None
     output_param_tokens: int | None = None
     ffn_param_tokens: int | None = None
@@ -125,9 +129,10 @@ class TokenformerBlocksConfig(PreTrainedConfig):
                 )
             setattr(self, f"{projection}_param_tokens", total)
             if total and getattr(self, f"{projection}_tau") is None:
-                setattr(self, f"{projection}_tau", default_tau(total, self.norm_activation_type))
+                together = max(self._totals(projection, always=True)) or total
+                setattr(self, f"{projection}_tau", default_tau(together, self.norm_activation_type))
         if self.linear_projections is None:
-            self.linear_projections = [p for p in PROJECTIONS if not getattr(self, f"{p}_param_tokens")]
+            self.linear_projections = [p for p in PROJECTIONS if not any(self._totals(p, always=True))]
         if self.auto_map is None:
             self.auto_map = dict(self.auto_classes)
         super().__post_init__(**kwargs)
@@ -151,20 +156,38 @@ class TokenformerBlocksConfig(PreTrainedConfig):
         if self.output_initializer_range is not None and self.output_initializer_range < 0:
             raise ValueError(f"output_initializer_range is {self.output_initializer_range}; it cannot be negative")
         assert self.token_groups is not None and self.linear_projections is not None
+        self._check_loops(self.token_groups)
         names = [group["name"] for group in self.token_groups]
         if len(set(names)) < len(names):
             raise ValueError(f"token group names must differ: {names}")
         for projection in PROJECTIONS:
-            totals = self._totals(projection)
+            totals = self._totals(projection, always=True)
             if projection not in self.linear_projections and not all(totals):
                 where = f" in block {totals.index(0)}" if any(totals) else ""
                 raise ValueError(f"projection {projection!r} has neither parameter tokens nor a linear map{where}")
 
-    def _totals(self, projection: str) -> list[int]:
-        """Parameter tokens of `projection` in every block, or once for all where all are alike."""
+    def _check_loops(self, groups: list[dict]) -> None:
+        if self.num_loops < 1:
+            raise ValueError(f"num_loops is {self.num_loops}; the blocks run at least once")
+        taken: list[int] = []
+        for group in groups:
+            for loop in group.get("loops", ()):
+                if not 0 < loop < self.num_loops or loop in taken:
+                    raise ValueError(
+                        f"token group {group['name']!r} has the loops {group['loops']}; num_loops is {self.num_loops}, "
+                        f"so loops 1 to {self.num_loops - 1} can each belong to one group"
+                    )
+                taken.append(loop)
+
+    def _totals(self, projection: str, *, always: bool = False) -> list[int]:
+        """Parameter tokens of `projection` in every block, or once for all where all are alike.
+
+        `always`: without groups that take part in some loops alone.
+        """
         assert self.token_groups is not None
-        counts = [group[projection] for group in self.token_groups]
-        for group, count in zip(self.token_groups, counts, strict=True):
+        groups = [group for group in self.token_groups if not (always and group.get("loops"))]
+        counts = [group[projection] for group in groups]
+        for group, count in zip(groups, counts, strict=True):
             if isinstance(count, list) and len(count) != self.num_hidden_layers:
                 raise ValueError(
                     f"token group {group['name']!r} lists {projection} parameter tokens for {len(count)} blocks, but "

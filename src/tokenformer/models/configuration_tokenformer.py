@@ -3,10 +3,12 @@
 No postponed annotations here: `strict` would then leave the types of the fields unchecked.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .configuration_blocks import TokenformerBlocksConfig, families, sizes_of
@@ -79,6 +81,14 @@ class TokenformerConfig(TokenformerBlocksConfig):
         self.rope_parameters.setdefault("partial_rotary_factor", kwargs.pop("partial_rotary_factor", 0.25))
         self.standardize_rope_params()
         return kwargs
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """Return the configuration that transformers makes caches from: with a block for every time that one runs."""
+        if self.num_loops == 1 or not kwargs.get("decoder"):
+            return self
+        unrolled = copy.copy(self)
+        unrolled.num_hidden_layers *= self.num_loops
+        return unrolled
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:

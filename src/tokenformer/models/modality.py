@@ -102,7 +102,8 @@ class ByModality(nn.Module):
 
 
 def apply_notes(layer: Pattention, config: TokenformerBlocksConfig, projection: str) -> None:
-    """Give the token groups of a map what the configuration says of each: its τ, its modality."""
+    """Give the token groups of a map what the configuration says of each: its τ, its modality, its loops."""
+    layer.loops = {entry["name"]: tuple(entry["loops"]) for entry in config.token_groups or [] if entry.get("loops")}
     for entry in config.token_groups or []:
         name = entry["name"]
         if name in layer.groups:

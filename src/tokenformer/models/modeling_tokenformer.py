@@ -33,7 +33,7 @@ from .configuration_tokenformer import TokenformerConfig
 from .modality import apply_notes
 from .names import PROJECTIONS
 from .pattention import DEFAULT_EPS, Pattention
-from .token_group import Gate, reset_linear
+from .token_group import Gate, LoopScale, reset_linear
 
 
 def make_pattention(config: TokenformerBlocksConfig, projection: str, layer_idx: int) -> Pattention:
@@ -63,8 +63,14 @@ def make_pattention(config: TokenformerBlocksConfig, projection: str, layer_idx:
     for group in config.token_groups:
         if group.get("routed") and group["name"] in layer.groups:
             layer.add_gate(group["name"])
+        if group.get("loops") and writes:
+            layer.add_scale(group["name"])
     apply_notes(layer, config, projection)
     return layer
+
+
+# Servers that put their own cache behind attention, with one place a block.
+_ONE_PLACE_A_BLOCK = ("vllm", "sglang")
 
 
 class TokenformerAttention(nn.Module):
@@ -89,24 +95,32 @@ class TokenformerAttention(nn.Module):
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
+        loop: int = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
         """Map `[B, T, D]` to `[B, T, D]`; also the attention weights `[B, H, T, T_all]` where the backend has them.
 
         `position_embeddings`: of the rotation of queries and keys; None where positions are told otherwise.
+        `loop`: which time this block runs, each with keys and values of its own.
         """
+        if self.config.num_loops > 1 and self.config._attn_implementation in _ONE_PLACE_A_BLOCK:
+            raise ValueError(
+                f"num_loops is {self.config.num_loops}, but {self.config._attn_implementation} caches one key and one "
+                "value a block, so that loops would overwrite each other's; serve this model with transformers"
+            )
         input_shape = hidden_states.shape[:-1]
         heads = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        query = self.q_proj(hidden_states, loop).view(heads).transpose(1, 2)
+        key = self.k_proj(hidden_states, loop).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states, loop).view(heads).transpose(1, 2)
         if self.config.use_qk_norm:
             # On GPUs autocast widens norms to float32; not every attention takes that beside narrower values.
             query, key = (self._norm(x).to(value.dtype) for x in (query, key))
         if position_embeddings is not None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            slot = self.layer_idx + loop * self.config.num_hidden_layers
+            key, value = past_key_values.update(key, value, slot)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -120,7 +134,7 @@ class TokenformerAttention(nn.Module):
                 "that splits heads over processes cannot run this model, whose projections give all heads; set its "
                 "tensor parallel size to 1"
             )
-        return self.o_proj(output), weights
+        return self.o_proj(output, loop), weights
 
     def _norm(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (self.head_dim,), eps=self.config.layer_norm_eps)
@@ -141,11 +155,11 @@ class TokenformerDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = norm()
         self.mlp = make_pattention(config, "ffn", layer_idx)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
-        """Map `[B, T, D]` to `[B, T, D]`; keyword arguments go to the attention."""
-        attended = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+    def forward(self, hidden_states: Tensor, loop: int = 0, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
+        """Map `[B, T, D]` to `[B, T, D]` in one loop of the model; keyword arguments go to the attention."""
+        attended = hidden_states + self.self_attn(self.input_layernorm(hidden_states), loop=loop, **kwargs)[0]
         mlp_input = hidden_states if self.use_parallel_residual else attended
-        return attended + self.mlp(self.post_attention_layernorm(mlp_input))
+        return attended + self.mlp(self.post_attention_layernorm(mlp_input), loop)
 
 
 class TokenformerPreTrainedModel(PreTrainedModel):
@@ -174,7 +188,7 @@ class TokenformerPreTrainedModel(PreTrainedModel):
             reset_linear(module)
         elif isinstance(module, Pattention) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        elif isinstance(module, Gate):
+        elif isinstance(module, Gate | LoopScale):
             module.reset_parameters()
         else:
             super()._init_weights(module)
@@ -184,6 +198,11 @@ class TokenformerPreTrainedModel(PreTrainedModel):
         """The maps of every block by projection ("qkv", "output", "ffn"), in the order of the blocks."""
         blocks = self.base_model.layers
         return {p: [b.get_submodule(name) for b in blocks for name in names] for p, names in PROJECTIONS.items()}
+
+    @property
+    def run_blocks(self) -> list[tuple[int, nn.Module]]:
+        """The blocks of a base model as they run, each with the number of its loop."""
+        return [(loop, layer) for loop in range(self.config.num_loops) for layer in self.layers]
 
     def scaled_embeddings(self, embeddings: Tensor) -> Tensor:
         """Return embeddings `[*, D]` as the first block reads them: over their root mean square, or as they are."""
@@ -246,9 +265,10 @@ class TokenformerModel(TokenformerPreTrainedModel):
         )
         hidden_states = self.scaled_embeddings(inputs_embeds)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for layer in self.layers:
+        for loop, layer in self.run_blocks:
             hidden_states = layer(
                 hidden_states,
+                loop=loop,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,

@@ -128,9 +128,13 @@ class TokenformerMultimodalModel(TokenformerMultimodalPreTrainedModel):
             if alone
             else self._attended(hidden_states, is_image, attention_mask, position_ids, past_key_values)
         )
-        for layer in self.layers:
+        for loop, layer in self.run_blocks:
             hidden_states = layer(
-                hidden_states, positions=positions, past_key_values=past_key_values, **{**kwargs, **attended}
+                hidden_states,
+                positions=positions,
+                loop=loop,
+                past_key_values=past_key_values,
+                **{**kwargs, **attended},
             )
         with reading(positions):
             last = self.norm(hidden_states)

@@ -140,8 +140,8 @@ class TokenformerVisionModel(TokenformerVisionPreTrainedModel):
         hidden_states = self.scaled_embeddings(
             self.embeddings(pixel_values, interpolate_pos_encoding=bool(interpolate_pos_encoding))
         )
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, **kwargs)
+        for loop, layer in self.run_blocks:
+            hidden_states = layer(hidden_states, loop=loop, **kwargs)
         last = self.norm(hidden_states)
         pooled = last.mean(dim=1) if self.config.pooling == "mean" else last[:, 0]
         return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled)

@@ -24,6 +24,7 @@ from .fused import FusedPattention, add_up, can_read, sum_of_squares, token_weig
 from .names import BASE_GROUP
 from .token_group import (
     Gate,
+    LoopScale,
     TokenGroup,
     check_group,
     default_tau,
@@ -71,6 +72,7 @@ class Pattention(nn.Module):
     """A projection `[*, D]` to `[*, E]` through named groups of parameter tokens.
 
     `keep`, 1.0 unless set, is the share of each group's tokens, from the first on and rounded up, that takes part.
+    `loops` names, for groups that take part in some loops of a looped model alone, these.
 
     Args:
         in_features, out_features: D and E.
@@ -134,6 +136,8 @@ class Pattention(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, **factory)) if bias else None)
         self.groups = nn.ModuleDict()
         self.gates = nn.ModuleDict()
+        self.scales = nn.ModuleDict()
+        self.loops: dict[str, tuple[int, ...]] = {}
         for name, n in counts.items():
             check_group(name, n)
             if n:
@@ -222,44 +226,55 @@ class Pattention(nn.Module):
             raise ValueError(f"there is no token group {name!r} to route; there are {', '.join(self.groups) or 'none'}")
         self.gates[name] = Gate(self.in_features, device=self._first.device, dtype=self._first.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Project `x` `[*, D]` to `[*, E]`, same dtype (autocast's dtype under autocast)."""
-        groups, linear = self.groups, self.linear
+    def add_scale(self, name: str) -> None:
+        """Scale the outputs in the loops that came with token group `name`, which `loops` has."""
+        self.scales[name] = LoopScale(self.out_features, device=self._first.device, dtype=self._first.dtype)
+
+    def forward(self, x: Tensor, loop: int = 0) -> Tensor:
+        """Project `x` `[*, D]` to `[*, E]`, same dtype (autocast's dtype under autocast), in one loop of the model."""
+        groups, linear = self._groups_in(loop), self.linear
         if linear is not None and not groups:
             out = linear(x)
         else:
-            out = self._routed_output(x) if self.gates else self._tokens_output(x, dict(groups.items()))
+            out = self._routed_output(x, groups) if self.gates else self._tokens_output(x, groups)
             out = out if linear is None else linear(x) + out
-        bias = self.bias
-        return out if bias is None else out + bias.to(out.dtype)
+        if self.bias is not None:
+            out = out + self.bias.to(out.dtype)
+        for name, scale in self.scales.items():
+            out = scale(out) if loop in self.loops[name] else out
+        return out
+
+    def _groups_in(self, loop: int) -> dict[str, Any]:
+        return {name: group for name, group in self.groups.items() if loop in self.loops.get(name, (loop,))}
 
     def extra_repr(self) -> str:
         """Show what printing the child modules does not."""
         norm = f"tau={self.tau}, norm_activation_type={self.norm_activation_type}, eps={self.eps}"
         return norm if self.token_group_norm == "joint" else f"{norm}, token_group_norm={self.token_group_norm}"
 
-    def _routed_output(self, x: Tensor) -> Tensor:
+    def _routed_output(self, x: Tensor, groups: Mapping[str, Any]) -> Tensor:
         """Sort the rows by which groups are open for them, so that closed groups cost nothing."""
         if _is_traced():
-            return self._masked_output(x)
+            return self._masked_output(x, groups)
         rows = x.reshape(-1, x.shape[-1])
         is_open = torch.cat([gate(x) > 0 for gate in self.gates.values()], dim=-1).reshape(-1, len(self.gates))
         first = is_open[:1]
         if (is_open == first).all():
-            return self._tokens_output(x, self._open_groups(first.any(0).tolist()))
+            return self._tokens_output(x, self._open_groups(groups, first.any(0).tolist()))
         patterns, of_row, counts = torch.unique(is_open, dim=0, return_inverse=True, return_counts=True)
         order = of_row.argsort()
-        parts = zip(rows[order].split(counts.tolist()), map(self._open_groups, patterns.tolist()), strict=True)
+        opened = [self._open_groups(groups, pattern) for pattern in patterns.tolist()]
+        parts = zip(rows[order].split(counts.tolist()), opened, strict=True)
         return torch.cat([self._tokens_output(*part) for part in parts])[order.argsort()].view(*x.shape[:-1], -1)
 
-    def _masked_output(self, x: Tensor) -> Tensor:
+    def _masked_output(self, x: Tensor, groups: Mapping[str, Any]) -> Tensor:
         """Compute every group for every row and leave out what is closed: nothing saved, and no sorting."""
         closed = {name: ~(gate(x) > 0) for name, gate in self.gates.items()}
-        return self._tokens_output(x, dict(self.groups.items()), closed)
+        return self._tokens_output(x, groups, closed)
 
-    def _open_groups(self, pattern: Sequence[bool]) -> dict[str, Any]:
+    def _open_groups(self, groups: Mapping[str, Any], pattern: Sequence[bool]) -> dict[str, Any]:
         gates = dict(zip(self.gates, pattern, strict=True))
-        return {name: group for name, group in self.groups.items() if gates.get(name, True)}
+        return {name: group for name, group in groups.items() if gates.get(name, True)}
 
     def _tokens_output(
         self, x: Tensor, groups: Mapping[str, Any], closed: Mapping[str, Tensor] | None = None

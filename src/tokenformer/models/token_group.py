@@ -106,6 +106,26 @@ class Gate(nn.Module):
         return F.linear(x.detach(), self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
+class LoopScale(nn.Module):
+    """What a map's outputs `[*, E]` are multiplied with in the loops that came with a token group: `weight` `[E]`.
+
+    Zero as the loops are grown, so that they add nothing; LayerScale (arXiv 2103.17239) over loops instead of depth.
+    """
+
+    def __init__(self, out_features: int, **factory: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Multiply with one, as a model that begins with its loops does."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale `x` `[*, E]`, keeping its dtype."""
+        return x * self.weight.to(x.dtype)
+
+
 def default_tau(num_tokens: int, norm_activation_type: str) -> float:
     """Return τ of a layer created with `num_tokens`: √n for L2 norms, n for L1 norms (as `softmax`), 1 for `gelu`."""
     if norm_activation_type == "gelu":

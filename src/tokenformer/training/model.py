@@ -30,6 +30,8 @@ class ModelSection(Section):
     """Width of the residual stream."""
     num_hidden_layers: int | None = Field(None, ge=0)
     """Blocks."""
+    num_loops: int | None = Field(None, gt=0)
+    """How many times the blocks run, one after the other, with the same weights. Default: once."""
     num_attention_heads: int | None = Field(None, gt=0)
     """Attention heads; they divide hidden_size."""
     qkv_param_tokens: int | None = Field(None, ge=0)

@@ -142,6 +142,8 @@ class Stage(Section):
     """Grow the feed-forward likewise."""
     num_hidden_layers: Amount | None = None
     """Insert blocks up to this depth, likewise."""
+    num_loops: Amount | None = None
+    """Let the blocks run so many times, likewise; what grows with it takes part in the new loops alone."""
     at: str | dict[str, int] | None = None
     """Put parameter tokens beside linear maps instead, those that this regular expression names, such as
     "q_proj|v_proj", or several with the tokens that each gets. Only they train, and the stage writes an add-on."""
@@ -175,8 +177,8 @@ class Stage(Section):
     @property
     def growth(self) -> dict[str, Any]:
         """Keyword arguments for `grow`; empty where this stage does not grow."""
-        sizes = {"preset", "qkv_param_tokens", "output_param_tokens", "ffn_param_tokens", "num_hidden_layers"}
-        fields = {*sizes, "at", "tokens"}
+        sizes = {"qkv_param_tokens", "output_param_tokens", "ffn_param_tokens", "num_hidden_layers", "num_loops"}
+        fields = {"preset", *sizes, "at", "tokens"}
         asked = self.model_dump(include=fields, exclude_none=True)
         how = self.model_dump(include={"norm", "weights"}, exclude_none=True)
         return {**asked, "name": self.name, **how} if asked else {}
