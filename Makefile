@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install lint test test-all docs demo benchmark compare compare-quick race smollm2 continual ecosystem clean
+.PHONY: install lint test test-all docs demo benchmark compare compare-quick race smollm2 continual ecosystem torture clean
 
 ECOSYSTEM := examples/ecosystem
 CHECKPOINT := runs/ecosystem/stage2
@@ -103,6 +103,11 @@ smollm2: install
 continual: install
 	$(BIN)/python benchmarks/continual.py
 	$(BIN)/python benchmarks/readme.py
+
+# 200 kills at random moments, and 10,000 files that want to do harm; about an hour on two cores.
+torture: install
+	$(BIN)/python benchmarks/torture.py
+	$(BIN)/python benchmarks/hostile.py
 
 # Every tool of docs/ecosystem.md for real; about half an hour. vLLM, SGLang and some exporters in environments of their own.
 ecosystem: $(CHECKPOINT) $(GROWN) .venv-others/installed .venv-vllm/installed .venv-sglang/installed

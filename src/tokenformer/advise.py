@@ -71,7 +71,7 @@ class Trained:
                 f"{place} does not say what text it has read: its lineage.json names no training. Advice is for models "
                 "that `tokenformer train` trained"
             )
-        last, config = history[-1], AutoConfig.from_pretrained(place)
+        last, config = history[-1], AutoConfig.from_pretrained(place, trust_remote_code=False)
         recipe: dict[str, Any] = last.recipe or {}
         training, planned = (
             parse_sections(TrainingSection, recipe.get("training", {}), where=str(place)),

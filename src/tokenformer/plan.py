@@ -137,7 +137,7 @@ class PlannedModel(Section):
                 f"{self.run} is no folder of a training run: there is no finished stage in it, or no log; "
                 "tokenformer train makes one"
             )
-        return AutoConfig.from_pretrained(self.run / f"stage{self._finished}")
+        return AutoConfig.from_pretrained(self.run / f"stage{self._finished}", trust_remote_code=False)
 
     @cached_property
     def events(self) -> list[dict[str, Any]]:

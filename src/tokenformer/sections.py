@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import RecipeError
+from .errors import RecipeError, first_line
 
 
 class Section(BaseModel):
@@ -24,6 +24,8 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
+_MOST_VALUES = 100_000
+_DEEPEST = 100
 
 
 class _Loader(yaml.SafeLoader):
@@ -39,6 +41,27 @@ class _Loader(yaml.SafeLoader):
             twice = next(key for key in keys if keys.count(key) > 1)
             raise yaml.MarkedYAMLError(problem=f"{twice!r} is written twice", problem_mark=node.start_mark)
         return node
+
+    def fetch_more_tokens(self) -> None:
+        if self.flow_level + len(self.indents) > _DEEPEST:  # the time that it takes grows with the square of it
+            raise yaml.YAMLError(f"it is nested more than {_DEEPEST} deep")
+        super().fetch_more_tokens()
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > _MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for more than {_MOST_VALUES:,} values; write them out")
+        return node
+
+
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """Count the values below a node and itself, those of an alias as often as it is used."""
+    if id(node) not in known:
+        known[id(node)] = _MOST_VALUES + 1  # for a node within itself
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = (part for item in inner for part in (item if isinstance(item, tuple) else (item,)))
+        known[id(node)] = 1 + sum(_written_out(part, known) for part in parts)
+    return known[id(node)]
 
 
 _Loader.yaml_implicit_resolvers = {c: r for c, r in yaml.SafeLoader.yaml_implicit_resolvers.items() if c != "+"}
@@ -60,18 +83,32 @@ def read_yaml(kind: type[Section], path: str | Path) -> dict[str, Any]:
         RecipeError: no such file, or not YAML.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        content = load_yaml(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise RecipeError(f"cannot read recipe {path}: {reason}") from error
-    try:
-        content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         found = "nothing" if content is None else type(content).__name__
         raise RecipeError(f"recipe {path} holds {found}, not keys such as {_keys(kind)}")
     return content
+
+
+def load_yaml(path: str | Path) -> Any:
+    """Read a YAML file of plain values.
+
+    Raises:
+        OSError, UnicodeDecodeError: no such file, or not UTF-8 text.
+        yaml.YAMLError: not YAML, or values that it does not have.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # of dates and numbers that are none, and of nesting without end
+        raise yaml.YAMLError(first_line(error)) from error
 
 
 def parse_sections(kind: type[S], content: dict[str, Any], *, where: str) -> S:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -32,27 +33,25 @@ _KEY = "tokenformer_addon"
 _GATES = ".gates."  # in names of what has a type of its own
 
 
-@dataclass(frozen=True)
-class Addon:
-    """What an add-on file says of its token group.
+class Addon(pydantic.BaseModel):
+    """What an add-on file says of its token group."""
 
-    Attributes:
-        group: its entry in the configuration.
-        model_type: of the model that it was taken off.
-        taus: the constants τ there.
-        norm: what its scores are normalised with; None where they are not.
-        parent_groups: the other token groups there.
-        parent: digest of all that the model has beside the group.
-        tensors: digest of the group's.
-    """
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
     group: dict[str, Any]
+    """Its entry in the configuration."""
     model_type: str
+    """Of the model that it was taken off."""
     taus: dict[str, float | None]
+    """The constants τ there."""
     norm: str | None
+    """What its scores are normalised with; None where they are not."""
     parent_groups: list[str]
+    """The other token groups there."""
     parent: str
+    """Digest of all that the model has beside the group."""
     tensors: str
+    """Digest of the group's."""
 
 
 def split(model: nn.Module, name: str, output: str | Path, *, force: bool = False) -> Path:
@@ -96,8 +95,7 @@ def split_state(config: PreTrainedConfig, state: State, name: str, output: str |
     others = [other for other in listed if other != name]
     if not others:
         raise GrowthError(f"token group {name!r} is the only one: without it there is no parent to attach it to")
-    fields = [f"{projection}_tau" for projection in architecture_of(config).counts]
-    taus = {field: getattr(config, field) for field in fields if hasattr(config, field)}
+    taus = {field: getattr(config, field) for field in sorted(_taus(config))}
     tensors: dict[str, Tensor] = {}
     for block, token_map in places(config):
         own = {part.tensor: part.own.format(group=name) for part in token_map.parts}
@@ -106,9 +104,17 @@ def split_state(config: PreTrainedConfig, state: State, name: str, output: str |
     check_finite(tensors, f"token group {name!r}")
     parent, own_digest = content_digest(config, state, others), tensors_digest(tensors)
     norm = config.token_group_norm if is_normalised(config) else None
-    addon = Addon(listed[name].to_config(), config.model_type, taus, norm, others, parent, own_digest)
+    addon = Addon(
+        group=listed[name].to_config(),
+        model_type=config.model_type,
+        taus=taus,
+        norm=norm,
+        parent_groups=others,
+        parent=parent,
+        tensors=own_digest,
+    )
     with replacing_file(file, force=force) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", _KEY: json.dumps(vars(addon))})
+        save_file(tensors, temporary, metadata={"format": "pt", _KEY: addon.model_dump_json()})
     return file
 
 
@@ -136,16 +142,27 @@ def attach(model: nn.Module, file: str | Path, *, name: str | None = None) -> No
 def attach_operation(config: PreTrainedConfig, state: State, file: str | Path, *, name: str | None = None) -> Operation:
     """Return what `attach` does to a model with these tensors; errors as there."""
     addon, tensors = _read(Path(file))
+    try:
+        return _attach_operation(config, state, Path(file), addon, tensors, name=name)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file} is damaged: what it says of its token group makes no sense ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _attach_operation(
+    config: PreTrainedConfig, state: State, file: Path, addon: Addon, tensors: State, *, name: str | None
+) -> Operation:
     dtype = _dtype(state)
-    _check_parent(config, state, addon, Path(file), types=(_dtype(tensors), dtype))
+    _check_parent(config, state, addon, file, types=(_dtype(tensors), dtype))
     taken = group_names(config)
     target = name or addon.group["name"]
     if target in taken:
         raise GrowthError(f"token group {target!r} exists already, beside {', '.join(taken)}; choose another name")
     theirs = copy.deepcopy(config)
     theirs.token_groups = [addon.group]
-    for field, tau in addon.taus.items():
-        setattr(theirs, field, tau)
+    for field in _taus(config) & addon.taus.keys():
+        setattr(theirs, field, addon.taus[field])
 
     def read(block: int, token_map: TokenMap) -> Groups:
         return {
@@ -158,8 +175,14 @@ def attach_operation(config: PreTrainedConfig, state: State, file: str | Path, *
         raise GrowthError(f"{file} was trained under token_group_norm {addon.norm}; this model's groups are {norm}")
     rename = {addon.group["name"]: target} if name else None
     operation = merge_operation(config, theirs, read, rename=rename, norm=addon.norm)
-    arguments = {"addon": Path(file).name, "groups": [target], "parent": addon.parent}
+    arguments = {"addon": file.name, "groups": [target], "parent": addon.parent}
     return replace(operation, name="attach", arguments=arguments)
+
+
+def _taus(config: PreTrainedConfig) -> set[str]:
+    """Return the fields of a configuration that hold a τ."""
+    fields = {f"{projection}_tau" for projection in architecture_of(config).counts}
+    return {field for field in fields if hasattr(config, field)}
 
 
 def _read(file: Path) -> tuple[Addon, Mapping[str, Tensor]]:
@@ -169,7 +192,7 @@ def _read(file: Path) -> tuple[Addon, Mapping[str, Tensor]]:
             addon, stored = Addon(**facts), StoredTensors({name: (file, name) for name in tensors.keys()})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} is no add-on; `tokenformer split` writes them") from error
     if tensors_digest(stored) != addon.tensors:
         raise CheckpointError(f"{file} is damaged: its tensors are not those that were written; copy it again")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import torch
@@ -202,7 +203,9 @@ def read_addon(path: str | Path) -> tuple[AddonConfig, dict[str, Tensor], dict[s
         with safe_open(folder / ADDON_WEIGHTS, framework="pt") as file:
             facts, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         parent, own = json.loads(facts[_PARENT]), facts[_OWN]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if not isinstance(parent, dict):
+            raise TypeError(f"{_PARENT} holds a {type(parent).__name__}, not digests by name")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"add-on {path} cannot be read: {error}; copy it again") from error
     wanted = {f"{site}.{leaf}" for site, found in config.sites.items() for leaf in _leaf_names(found)}
     wanted |= {*_SEQUENCE_GATE} if config.sequence_gate else set()
@@ -229,7 +232,7 @@ def load_parent(
         return model, tokenizer
     try:
         model, tokenizer = load_any(parent, config.base_model_class, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever is wrong with it
         raise CheckpointError(
             f"the parent of add-on {path}, {parent}, cannot be loaded: {error}. If it is elsewhere now, load it "
             f"yourself, and then tokenformer.attach(model, {str(path)!r})"
@@ -249,10 +252,14 @@ def load_any(
         kind: its class. Default: the one that its configuration names.
         dtype: default as stored.
     """
-    kind = kind or (AutoConfig.from_pretrained(name).architectures or [""])[0]
-    model = getattr(transformers, kind, AutoModelForCausalLM).from_pretrained(name, dtype=dtype or "auto")
+    kind = kind or (AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or [""])[0]
+    found: Any = getattr(transformers, kind, None)
+    known = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    model = (found if known else AutoModelForCausalLM).from_pretrained(
+        name, dtype=dtype or "auto", trust_remote_code=False
+    )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError):  # a model of something else than text
         tokenizer = None
     return model.eval(), tokenizer

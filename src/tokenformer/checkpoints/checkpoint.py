@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
@@ -15,25 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.serialization import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..data.tokenizer import vocabulary_size
+from ..data.tokenizer import read_tokenizer, vocabulary_size
 from ..errors import CheckpointError, GrowthError, TokenizerError
-from ..growth.architectures import ARCHITECTURES, architecture_of, auto_class, frozen_names
+from ..growth.architectures import ARCHITECTURES, architecture_of, auto_class, check_depth, frozen_names
 from ..growth.beside import names_beside
 from ..growth.freeze import freeze
 from ..growth.neurons import group_neurons
@@ -54,6 +52,7 @@ from .verify import (
     is_addon_folder,
     is_old_buffer,
     other_digests,
+    read_headers,
     read_lineage,
     stored_dtype,
     verify_checkpoint,
@@ -206,9 +205,10 @@ def load_checkpoint(
         return _load_addon(path, dtype=dtype, keep=keep)
     config = read_config(path)
     lineage = verify_checkpoint(path)
+    _check_size(path, config)
     try:
         model, report = auto_class(config).from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
-    except RuntimeError as error:  # tensors of other shapes
+    except Exception as error:  # tensors of other shapes, and whatever else its files can have wrong
         raise CheckpointError(f"checkpoint {path} does not fit its own config.json: {error}") from error
     report["unexpected_keys"] = [name for name in report["unexpected_keys"] if not is_old_buffer(name)]
     problems = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
@@ -246,8 +246,8 @@ def load_tokenizer(path: str | Path, config: PreTrainedConfig) -> PreTrainedToke
     if not whole.exists() and not bare.exists():
         return None
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path) if whole.exists() else _bare_tokenizer(bare, config)
-    except Exception as error:  # tokenizers raises nothing more specific
+        tokenizer = read_tokenizer(path) if whole.exists() else _bare_tokenizer(bare, config)
+    except TokenizerError as error:
         raise CheckpointError(f"checkpoint {path} is damaged: its tokenizer cannot be read: {error}") from error
     if tokenizer.eos_token_id is None:
         raise TokenizerError(f"the tokenizer in {path} has no end-of-text token, which separates documents; set one")
@@ -279,7 +279,7 @@ def load_image_processor(path: str | Path) -> BaseImageProcessor | None:
     if not (Path(path) / "preprocessor_config.json").exists():
         return None
     try:
-        return AutoImageProcessor.from_pretrained(path, backend="pil")
+        return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
     except Exception as error:  # whatever is wrong in it
         raise CheckpointError(f"checkpoint {path} is damaged: its image processor cannot be read: {error}") from error
 
@@ -297,7 +297,7 @@ def load_processor(path: str | Path) -> TokenformerProcessor:
 
 
 def _bare_tokenizer(file: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    tokenizer: Any = read_tokenizer(file)
     for name in ("bos_token", "eos_token", "pad_token"):
         index = getattr(config, f"{name}_id", None)
         index = index[0] if isinstance(index, list) else index
@@ -329,6 +329,35 @@ def read_config(path: str | Path) -> PreTrainedConfig:
             )
         if content.get("quantization_config"):
             raise CheckpointError(f"checkpoint {path} is quantised; give the one that it was made from")
-        return AutoConfig.from_pretrained(path)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        row = ARCHITECTURES[content["model_type"]]
+        check_depth(row, content, most=len(read_headers(path)))
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except CheckpointError:
+        raise
+    except Exception as error:  # each class checks its fields in its own way
         raise CheckpointError(f"checkpoint {path} is damaged: {CONFIG_FILE}: {error}") from error
+
+
+def empty_model(path: str | Path, config: PreTrainedConfig) -> PreTrainedModel:
+    """Make the model of a checkpoint without weights, on the meta device.
+
+    Raises:
+        CheckpointError: its configuration makes none.
+    """
+    try:
+        with torch.device("meta"):
+            return auto_class(config).from_config(config)
+    except Exception as error:  # sizes that do not go together, names of functions that there are not
+        raise CheckpointError(f"checkpoint {path} is damaged: {CONFIG_FILE}: {error}") from error
+
+
+def _check_size(path: str | Path, config: PreTrainedConfig) -> None:
+    """Raise CheckpointError where far more is described than the files hold: the rest would be drawn in memory."""
+    model = empty_model(path, config)
+    described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    held = sum(math.prod(header.shape) for header in read_headers(path).values())
+    if described > 2 * held:
+        raise CheckpointError(
+            f"checkpoint {path} does not fit its own config.json: that describes {described:,} parameters, and the "
+            f"files hold {held:,}"
+        )

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ..errors import CheckpointError
 from ..growth.architectures import Architecture, GroupEntry, architecture_of, frozen_names, token_groups
 from .verify import Header, config_fields, is_old_buffer, read_headers
 
@@ -24,6 +25,15 @@ def checkpoint_facts(path: str | Path) -> dict[str, Any]:
         CheckpointError: missing, damaged or truncated files.
         GrowthError: an architecture without a row in the table.
     """
+    try:
+        return _facts(path)
+    except (ValueError, TypeError, KeyError, AttributeError, LookupError, StopIteration) as error:
+        raise CheckpointError(
+            f"checkpoint {path} does not fit its own config.json: {type(error).__name__} {error}"
+        ) from error
+
+
+def _facts(path: str | Path) -> dict[str, Any]:
     fields = config_fields(path)
     config: Any = SimpleNamespace(**{"model_type": None, **fields})
     row = architecture_of(config)

@@ -97,5 +97,7 @@ class Lineage(pydantic.BaseModel):
 
 
 def _nested_dropout(event: Event) -> bool:
-    stage = event.arguments.get("stage")
-    return bool(event.recipe and stage and event.recipe["stages"][stage - 1].get("nested_dropout"))
+    try:  # both may be anything: lineages are files, too
+        return bool((event.recipe or {})["stages"][event.arguments["stage"] - 1]["nested_dropout"])
+    except (KeyError, IndexError, TypeError):
+        return False

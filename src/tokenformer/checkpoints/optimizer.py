@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
+from .pickles import load_tensors
 from .verify import OPTIMIZER_FILE as OPTIMIZER_FILE
 
 OptimizerState = dict[str, dict[str, torch.Tensor]]
@@ -22,12 +23,13 @@ def load_states(checkpoint: str | Path) -> OptimizerState:
     if not file.exists():
         return {}
     try:
-        states = torch.load(file, map_location="cpu", weights_only=True)
-        if not all(isinstance(tensor, torch.Tensor) for state in states.values() for tensor in state.values()):
+        states = load_tensors(file)
+        found = [(name, tensor) for name, state in states.items() for tensor in state.values()]
+        if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in found):
             raise TypeError("it holds more than tensors by the names of parameters")
     except Exception as error:  # a damaged pickle can fail in as many ways as there are; all mean that it is damaged
         raise CheckpointError(
             f"checkpoint {checkpoint} is damaged: {OPTIMIZER_FILE} ({file.stat().st_size} bytes) cannot be read "
-            f"({type(error).__name__}); delete it to start the optimizer afresh"
+            f"({type(error).__name__}: {error}); delete it to start the optimizer afresh"
         ) from error
     return dict(states)

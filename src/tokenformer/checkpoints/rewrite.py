@@ -25,7 +25,7 @@ from ..growth.groups import check_siblings, merge_operation
 from ..growth.layout import TokenMap
 from ..growth.operations import Operation
 from ..growth.state import States, check_finite, move_states, read_map, rewritten
-from .checkpoint import OnProgress, read_config, save_checkpoint
+from .checkpoint import OnProgress, empty_model, read_config, save_checkpoint
 from .files import check_target
 from .lineage import Lineage
 from .optimizer import OPTIMIZER_FILE, load_states
@@ -102,7 +102,7 @@ def open_checkpoint(path: str | Path) -> Stored:
     verifying.shutdown(wait=False)
     row = architecture_of(config)
     files = {name: files[stored] for stored, name in row.names_in_memory(files).items()}
-    empty = without_weights(config)
+    empty = empty_model(path, config)
     ignored = [re.compile(pattern) for pattern in empty._keys_to_ignore_on_load_unexpected or []]
     needed = set(empty.state_dict())
     files = {
@@ -117,7 +117,7 @@ def open_checkpoint(path: str | Path) -> Stored:
             del files[tied]
         elif tied in files:
             config.tie_word_embeddings = False  # as transformers loads it
-            empty = without_weights(config)
+            empty = empty_model(path, config)
     dtypes = Counter(DTYPES[header.dtype] for header in headers.values() if header.dtype in DTYPES)
     named = str(config.dtype).removeprefix("torch.")
     dtype = named if named in dtypes else dtypes.most_common(1)[0][0] if dtypes else "float32"

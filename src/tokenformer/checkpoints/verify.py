@@ -37,6 +37,7 @@ _PROCESSORS = (
 # What other tools keep weights in, beside ours.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz"}
 _MOST_CARRIED = 200_000_000  # bytes: tokenizers reach tens of megabytes
+_MOST_JSON = 20_000_000  # bytes: the index of a thousand shards has a few; Python needs ten times as much to read it
 # The names that safetensors gives to types which weights can have here, narrowest first, and torch's.
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -67,13 +68,25 @@ def config_fields(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no checkpoint at `path`, or its configuration cannot be read.
     """
-    file = find_checkpoint(Path(path))
+    return read_fields(find_checkpoint(Path(path)))
+
+
+def read_fields(file: Path) -> dict[str, Any]:
+    """Read a JSON file of a checkpoint, which holds fields.
+
+    Raises:
+        CheckpointError: it cannot be read, is larger than any should be, or holds something else.
+    """
     try:
+        if not file.is_file():
+            raise FileNotFoundError("there is no such file")
+        if file.stat().st_size > _MOST_JSON:
+            raise ValueError(f"it has {file.stat().st_size:,} bytes, and none that we know has {_MOST_JSON:,}")
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise TypeError(f"it holds a {type(content).__name__}, not fields")
-    except (ValueError, TypeError, OSError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {file.name}: {error}") from error
+    except (ValueError, TypeError, OSError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint {file.parent} is damaged: {file.name}: {error}") from error
     return content
 
 
@@ -120,11 +133,10 @@ def read_lineage(path: str | Path) -> Lineage:
     Raises:
         CheckpointError: it cannot be read.
     """
+    file = Path(path) / LINEAGE_FILE
     try:
-        lineage = Lineage.model_validate_json((Path(path) / LINEAGE_FILE).read_bytes())
-    except FileNotFoundError:
-        lineage = Lineage()
-    except (ValueError, OSError) as error:
+        lineage = Lineage.model_validate(read_fields(file)) if file.exists() else Lineage()
+    except ValueError as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {LINEAGE_FILE}: {error}") from error
     return lineage.model_copy(update={"dtype": lineage.dtype or stored_dtype(path)})
 
@@ -185,12 +197,17 @@ def weight_files(path: str | Path) -> list[Path]:
     elif (folder / WEIGHTS_FILE).exists() or not index.exists():
         names = [WEIGHTS_FILE]
     else:
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            what = f"{index.name}: {type(error).__name__} {error}"
-            raise CheckpointError(f"checkpoint {path} is damaged: {what}") from error
-    missing = [name for name in names if not (folder / name).exists()]
+        named = read_fields(index).get("weight_map")
+        if not isinstance(named, dict) or not named:
+            raise CheckpointError(f"checkpoint {path} is damaged: {index.name}: it names no files as weight_map")
+        outside = [name for name in named.values() if not (isinstance(name, str) and _is_name(name))]
+        if outside:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: {index.name}: it names {str(outside[0])[:200]!r}, which is no "
+                "*.safetensors in this folder"
+            )
+        names = sorted(set(named.values()))
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing and any(folder.glob("pytorch_model*.bin")):
         raise CheckpointError(
             f"checkpoint {path} keeps its weights in pickles (.bin), which can run code; load and save it in "
@@ -199,6 +216,11 @@ def weight_files(path: str | Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"checkpoint {path} is incomplete: {', '.join(missing)} missing")
     return [folder / name for name in names]
+
+
+def _is_name(name: str) -> bool:
+    """Whether this is the name of a weight file in the same folder."""
+    return name.endswith(".safetensors") and name.isprintable() and not set(name) & set("/\\:") and len(name) < 200
 
 
 def other_digests(folder: Path) -> dict[str, str]:

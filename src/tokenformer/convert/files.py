@@ -22,10 +22,12 @@ from ..checkpoints.checkpoint import (
 )
 from ..checkpoints.files import check_file, check_target, files_digest, replacing_file
 from ..checkpoints.lineage import Lineage
+from ..checkpoints.pickles import UnsafePickle, check_stored, is_zip, load_tensors
 from ..checkpoints.verify import verify_checkpoint, weight_files
 from ..data.tokenizer import open_tokenizer
 from ..errors import ConversionError, first_line
 from ..models.modeling_tokenformer import TokenformerForCausalLM
+from ..sections import load_yaml
 from ..units import counted
 from .official import (
     canonical_name,
@@ -204,36 +206,32 @@ def read_official(files: Sequence[Path]) -> dict[str, Tensor]:
 def _check_archives(files: Sequence[Path]) -> None:
     """Compare what PyTorch's zip files hold with their own checksums, which torch.load does not."""
     for file in files:
-        if not _is_zip(file):
+        if not is_zip(file):
             continue
         try:
             with zipfile.ZipFile(file) as archive:
+                check_stored(archive)
                 damaged = archive.testzip()
-        except zipfile.BadZipFile as error:
+        except UnsafePickle as error:
+            raise ConversionError(f"cannot read {file}: {error}") from error
+        except Exception as error:  # a damaged archive, too, can fail in many ways
             damaged = str(error)
         if damaged is not None:
             raise ConversionError(f"cannot read {file}: {damaged} in it does not match its checksum; download it again")
 
 
-def _is_zip(file: Path) -> bool:
-    """Whether a file is a whole zip archive; Python raises on some that only seem to be one."""
-    try:
-        return zipfile.is_zipfile(file)
-    except zipfile.BadZipFile:
-        return False
-
-
 def _load(file: Path) -> dict[str, Any]:
-    whole = _is_zip(file)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=whole or None)
+        content = load_tensors(file)
+    except UnsafePickle as error:
+        raise ConversionError(f"cannot read {file}: {error}") from error
     except Exception as error:  # a damaged pickle can fail in as many ways as there are
         with file.open("rb") as stream:
             beginning = stream.read(64)
         code = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
         if code:
             why = f"it holds more than tensors ({code[1]}), which could run code; only tensors are ever read"
-        elif beginning.startswith(b"PK") and not whole:
+        elif beginning.startswith(b"PK") and not is_zip(file):
             why = f"its end is missing ({file.stat().st_size:,} bytes are there); download it again"
         elif beginning.startswith(b"version https://git-lfs"):
             why = "it is a Git LFS pointer, not the file; run git lfs pull"
@@ -249,7 +247,7 @@ def _load(file: Path) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConversionError(f"cannot read {path}: {reason}; give the YAML of the official configs/") from error

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..errors import TokenizerError, first_line
+from ..errors import TokenizerError
 from .sources import Documents, texts_of
 
 END_OF_TEXT = "<|endoftext|>"
@@ -63,22 +63,37 @@ def open_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
         TokenizerError: there is none, or it has no end-of-text token.
     """
     try:
-        if Path(spec).is_file():
-            loaded: Any = PreTrainedTokenizerFast(tokenizer_file=str(spec))
-            if END_OF_TEXT in loaded.get_vocab():
-                loaded.add_special_tokens({"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT})
-        else:
-            loaded = AutoTokenizer.from_pretrained(spec)
-    except Exception as error:  # a damaged file can fail in as many ways as a hub; all mean there is no tokenizer
+        loaded: Any = read_tokenizer(spec)
+    except TokenizerError as error:
         raise TokenizerError(
             f'tokenizer {str(spec)!r} is neither "bytes", "bpe:N", a tokenizer.json, a folder with a tokenizer nor a '
-            f"name that could be downloaded: {first_line(error)}"
+            f"name that could be downloaded: {error}"
         ) from error
+    if Path(spec).is_file() and END_OF_TEXT in loaded.get_vocab():
+        loaded.add_special_tokens({"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT})
     if loaded.eos_token_id is None:
         raise TokenizerError(
             f"tokenizer {str(spec)!r} has no end-of-text token, which separates documents; choose another"
         )
     return loaded
+
+
+def read_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
+    """Read a tokenizer.json, a folder or a name on the Hub as transformers does, without code that it may bring.
+
+    Raises:
+        TokenizerError: that fails, for whatever reason.
+    """
+    try:
+        if Path(spec).is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=str(spec))
+        return AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # a damaged file can fail in as many ways as a hub, and Rust's panics are no Exception
+        raise TokenizerError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -190,6 +190,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 # Configuration fields that count the experts of a block.
+_MOST_BLOCKS = 2_000
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -212,6 +213,21 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
             f"{', '.join(ARCHITECTURES)}. A row in growth/architectures.py adds one"
         )
     return ARCHITECTURES[config.model_type]
+
+
+def check_depth(row: Architecture, fields: Mapping[str, Any], *, most: int | None = None) -> None:
+    """Raise ValueError for more blocks than anybody can mean: even an empty model of them would take for ever to make.
+
+    Args:
+        row: of the model.
+        fields: of its configuration.
+        most: tensors that there are for it.
+    """
+    most = _MOST_BLOCKS if most is None else min(most, _MOST_BLOCKS)
+    for name in {row.depth, "num_hidden_layers"}:
+        depth = fields.get(name)
+        if isinstance(depth, int | float) and not depth <= most:
+            raise ValueError(f"{name} is {depth}, and here there can be at most {most:,} blocks")
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

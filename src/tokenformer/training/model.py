@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, model_validator
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .. import cost
-from ..growth.architectures import ARCHITECTURES
+from ..growth.architectures import ARCHITECTURES, check_depth
 from ..models.configuration_tokenformer import TokenformerConfig
 from ..sections import Section
 
@@ -78,6 +78,7 @@ class ModelSection(Section):
         preset = kind.preset_sizes(self.preset) if self.preset else {}
         derived = {name: value for name, value in derived.items() if kind.attribute_map.get(name, name) not in given}
         try:
+            check_depth(ARCHITECTURES[self.architecture], given)
             config = kind(**{**preset, **derived, **given})
             cost.parameters(config)
         except (ValueError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:

@@ -23,7 +23,7 @@ from .images import prepare_pictures
 from .material import Material
 from .precision import use_bfloat16
 from .processes import processes
-from .recipe import Recipe, TrainingSection, parse_recipe
+from .recipe import Recipe, TrainingSection, load_recipe
 from .text import prepare_text
 
 # Fields of TrainingArguments that do nothing beside our optimizer, schedule and validation; those that break resuming.
@@ -54,7 +54,7 @@ def check_resumable(recipe: Recipe, run: Path) -> None:
     check_target(run, force=True)
     if not file.exists():
         raise CheckpointError(f"nothing to resume: {run} holds no run; start it without --resume")
-    began = parse_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), where=str(file))
+    began = load_recipe(file)
     if began != recipe:
         changed = [k for k in Recipe.model_fields if getattr(began, k) != getattr(recipe, k)]
         raise RecipeError(

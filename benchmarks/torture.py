@@ -1,0 +1,447 @@
+"""Kill commands with -9 at random moments, run them again, and see whether anything was lost, mixed or left lying.
+
+    python benchmarks/torture.py [--kills 200] [--seed 0]
+
+Rules, stated before the first kill. A command is killed by the clock, at a moment drawn evenly from the time that it
+takes undisturbed, or as it is about to make its n-th change to the disk, drawn evenly from all of them; or two of the
+same command begin at once in one folder, and one of the two is killed. What the folder then holds is the old or the
+new, whole: each checkpoint is verified, and its tensors, and those of the optimizer, equal the old ones or those of a
+run that nobody disturbed, bit for bit. The command is then given again, as a user would (`--resume` or `--force` where
+something is there). It must go well and leave the same files as the undisturbed run: the same names, no more, and the
+same bits.
+
+A line a command and way of killing is appended to results/torture.jsonl; exit code 1 if any of them is not kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import yaml
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from tokenformer import save
+from tokenformer.checkpoints.files import recover
+from tokenformer.checkpoints.optimizer import load_states
+from tokenformer.checkpoints.verify import LINEAGE_FILE, verify_checkpoint
+from tokenformer.cli import app as cli
+from tokenformer.compare.results import read_results
+from tokenformer.data import tokens
+from tokenformer.growth.state import tensors_digest
+from tokenformer.training.log import read_log
+
+RESULTS = Path(__file__).parent / "results" / "torture.jsonl"
+WAYS = ("clock", "change", "two")
+# Of 200 kills, about how many each command gets: more to those that write most often.
+WEIGHTS = {
+    "train": 50,
+    "train --force": 20,
+    "grow": 20,
+    "grow --force": 20,
+    "merge --force": 16,
+    "split --force": 10,
+    "convert transformer": 14,
+    "convert official --force": 14,
+    "convert to-official --force": 10,
+    "prepare text": 14,
+    "compare": 12,
+}
+PASSING = (".partial", ".shards", ".tmp", ".lock", ".jsonl")  # unfinished, or with times in it
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TOKENS = {"qkv_param_tokens": 8, "output_param_tokens": 8, "ffn_param_tokens": 16}
+TRAINING = {"batch_size": 2, "sequence_length": 16, "threads": 1, "precision": "float32"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that is killed.
+
+    Attributes:
+        arguments: of the command line, in a folder that holds what the command reads.
+        again: those with which it is given after a kill, from the folder.
+        outputs: what it writes: names of checkpoints, files and folders of either.
+        parts: whether the new may be there in part: a run's stages appear one after the other.
+    """
+
+    arguments: list[str]
+    again: Callable[[Path], list[str]]
+    outputs: tuple[str, ...]
+    parts: bool = False
+
+
+def with_force(*arguments: str, output: str) -> Command:
+    """Return a command whose second time needs --force where there is something."""
+
+    def again(folder: Path) -> list[str]:
+        return [*arguments, "-o", output, *(["--force"] if (folder / output).exists() else [])]
+
+    return Command([*arguments, "-o", output], again, (output,))
+
+
+def forced(command: Command, *, outputs: tuple[str, ...] = ()) -> Command:
+    """Return a command that replaces."""
+    arguments = [*command.arguments, "--force"]
+    return Command(arguments, lambda folder: arguments, outputs or command.outputs, parts=bool(outputs))
+
+
+def resumed(folder: Path, *, recipe: str) -> list[str]:
+    """Return how a run is trained on, or begun where it did not begin."""
+    began = folder / "run" / "recipe.yaml"
+    ours = began.exists() and yaml.safe_load(began.read_text()) == yaml.safe_load((folder / recipe).read_text())
+    return ["train", recipe, "-o", "run", *(["--resume"] if ours else ["--force"] if began.exists() else [])]
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(["train", "new.yaml", "-o", "run"], lambda f: resumed(f, recipe="new.yaml"), ("run",), parts=True),
+    "train --force": Command(
+        ["train", "new.yaml", "-o", "run", "--force"], lambda f: resumed(f, recipe="new.yaml"), ("run",), parts=True
+    ),
+    "grow": with_force("grow", "model", "--ffn", "+8", output="out"),
+    "grow --force": forced(with_force("grow", "model", "--ffn", "+8", output="out")),
+    "merge --force": forced(with_force("merge", "child", "other", output="out")),
+    "split --force": forced(with_force("split", "child", "a", output="out.safetensors")),
+    "convert transformer": with_force("convert", "transformer", "neox", output="out"),
+    "convert official --force": forced(
+        with_force("convert", "official", "official.bin", "--config", "official.yml", output="out")
+    ),
+    "convert to-official --force": forced(
+        with_force("convert", "to-official", "child", output="out.bin"), outputs=("out.bin", "out.yml")
+    ),
+    "prepare text": Command(
+        ["train", "long.yaml", "-o", "run"], lambda f: resumed(f, recipe="long.yaml"), ("run", "cache"), parts=True
+    ),
+    "compare": Command(
+        ["compare", "compare.yaml", "-o", "run", "--workers", "2"],
+        lambda folder: COMMANDS["compare"].arguments,
+        ("run",),
+        parts=True,
+    ),
+}
+
+
+def recipe(text: str, seed: int, **training: int) -> dict[str, Any]:
+    """Return a recipe of two stages, of which the second grows."""
+    return {
+        "model": {**SIZES, **TOKENS},
+        "data": {"source": text, "tokenizer": "bytes", "validation_fraction": 0.1},
+        "training": {**TRAINING, "save_every": 2, "log_every": 1, "evaluations_per_stage": 1, **training},
+        "stages": [{"text_tokens": 128}, {"text_tokens": 128, "ffn_param_tokens": "+8"}],
+        "seed": seed,
+    }
+
+
+def lay_out(folder: Path) -> None:
+    """Write what commands read, and the old that some of them replace, into `folder`/old."""
+    dice = random.Random(0)
+    words = [f"{a}{b}" for a in "bdfgklmnprst" for b in ("a", "e", "in", "ort", "us")]
+    for name, documents, length in (("text", 12, 60), ("long", 60, 700)):
+        (folder / name).mkdir()
+        for i in range(documents):
+            (folder / name / f"{i:02}.txt").write_text(" ".join(dice.choice(words) for _ in range(length)))
+    long = {**recipe("long", 0), "stages": [{"text_tokens": 64}]}
+    arms = {
+        "small": {"model": {**SIZES, **TOKENS}},
+        "grown": {"model": {**SIZES, **TOKENS}, "stages": [{"at": 256, "ffn_param_tokens": 24}]},
+    }
+    compare = {
+        "question": "Does it survive?",
+        "data": {"source": "text", "tokenizer": "bytes", "validation_fraction": 0.3},
+        "training": {**TRAINING, "save_every": 4, "evaluations_per_stage": 1},
+        "equal": "text_tokens",
+        "budgets": [512],
+        "tuning_budget": 512,
+        "seeds": [0],
+        "learning_rates": [1e-2],
+        "rules": {"reference": "small"},
+        "arms": arms,
+    }
+    recipes = {"new": recipe("text", 0), "before": recipe("text", 1), "long": long, "compare": compare}
+    for name, content in recipes.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    torch.manual_seed(0)
+    neox = GPTNeoXConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        hidden_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    save(folder / "neox", GPTNeoXForCausalLM(neox))
+    shell = [
+        "train before.yaml -o old/run",
+        "grow old/run/stage2 -o grown --ffn +8 --name more",
+        "consolidate grown -o model",
+        "grow model -o child --ffn +8 --name a --seed 1",
+        "grow model -o other --ffn +8 --name b --seed 2",
+        "convert to-official model -o official.bin",
+        "convert transformer neox -o old/out",
+        "split other b -o old/out.safetensors",
+        "convert to-official other -o old/out.bin",
+    ]
+    for line in shell:
+        assert wait(begin(folder, line.split())) == 0, line
+
+
+def begin(folder: Path, arguments: list[str], *, die_at: int | None = None, count: Any = None) -> int:
+    """Give a command in `folder`, in a process forked off this one, in a group of its own, and return its number.
+
+    It kills itself before its change to the disk number `die_at`; `count` is sent how many there were.
+    """
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.setsid()
+        os.chdir(folder)
+        silence = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1):
+            os.dup2(silence, stream)
+        error = os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(error, 2)
+        datasets.config.HF_DATASETS_CACHE = str(folder / "cache")
+        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+        tokens.SHARD_BYTES = 2**14  # so that little text is prepared as much text is
+        sys.modules["__main__"].__file__ = None  # which a comparison's workers would import, too
+        sys.argv = ["tokenformer", *arguments]
+        changes = watch_changes(die_at)
+        try:
+            cli.main()
+        finally:
+            if count is not None:
+                count.send(next(changes))
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        os._exit(code)
+
+
+def watch_changes(die_at: int | None) -> Iterator[int]:
+    """Count this process's changes to the disk, of which it does not survive number `die_at`."""
+    numbers = iter(range(10**9))
+    us = os.getpid()
+
+    def before(event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (writes or event in CHANGES) and os.getpid() == us and next(numbers) == die_at:
+            os.kill(us, signal.SIGKILL)
+
+    sys.addaudithook(before)
+    return numbers
+
+
+def wait(process: int) -> int:
+    """Return the exit code of a process; -9 where it was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def contents(folder: Path, outputs: tuple[str, ...]) -> dict[str, str]:
+    """Return a digest of everything that a command has written: of each checkpoint, which must be whole, and file.
+
+    Dates and times go into none of them.
+    """
+    found = {}
+    for output in outputs:
+        recover(folder / output)
+        root = folder / output
+        lineages = [file.parent for file in sorted(root.rglob(LINEAGE_FILE)) if "partial" not in str(file)]
+        for checkpoint in lineages:
+            states = {f"{n} {k}": t for n, state in load_states(checkpoint).items() for k, t in state.items()}
+            weights = verify_checkpoint(checkpoint).weights_sha256
+            found[str(checkpoint.relative_to(folder))] = f"{weights} {tensors_digest(states)}"
+        for file in [root] if root.is_file() else sorted(root.rglob("*")):
+            inside = any(checkpoint in file.parents for checkpoint in lineages)
+            parts = file.relative_to(folder).parts
+            passing = any(part.startswith((".", "report")) or part.endswith(PASSING) for part in parts)
+            if file.is_file() and not (inside or passing):
+                found[str(file.relative_to(folder))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
+
+
+def logged(folder: Path) -> list[Any]:
+    """Return what the logs of a run say, without times; of a comparison in no order."""
+    events: list[Any] = []
+    if (folder / "run" / "log.jsonl").exists():
+        told = [event for event in read_log(folder / "run") if event["event"] != "stage"]  # of which resuming adds one
+        events += [(event["event"], event.get("stage"), event.get("step"), event.get("loss")) for event in told]
+    if (folder / "run" / "results.jsonl").exists():
+        lines = read_results(folder / "run" / "results.jsonl")
+        events += sorted((e["event"], e.get("id", ""), e.get("bits_per_byte", 0.0)) for e in lines)
+    return events
+
+
+def names(folder: Path) -> set[str]:
+    """Return the names of all files and folders, temporary ones too; those of reports and logs of errors aside."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != "stderr"}
+
+
+class Torture:
+    """All commands, undisturbed once and then killed.
+
+    Args:
+        place: an empty folder.
+        seed: of the moments.
+    """
+
+    def __init__(self, place: Path, seed: int) -> None:
+        self.place, self.dice, self.numbers = place, random.Random(seed), iter(range(10**9))
+        self.start = place / "start"
+        self.start.mkdir()
+        (self.start / "old").mkdir()
+        lay_out(self.start)
+        self.known: dict[str, tuple[dict[str, str], dict[str, str], set[str], list[Any], float, int]] = {}
+
+    def fresh(self, name: str) -> Path:
+        """Return a new folder in which a command can be given."""
+        folder = self.place / f"trial{next(self.numbers)}"  # another each time: what a kill left alive may write on
+        shutil.copytree(self.start, folder, ignore=shutil.ignore_patterns("old", "stderr"))
+        if "--force" in name:
+            for output in COMMANDS[name].outputs:
+                old = self.start / "old" / output
+                (shutil.copytree if old.is_dir() else shutil.copyfile)(old, folder / output)
+        if name == "prepare text":
+            shutil.rmtree(folder / "cache")
+        return folder
+
+    def undisturbed(self, name: str) -> tuple[dict[str, str], dict[str, str], set[str], list[Any], float, int]:
+        """Return what there is before and after a command, all names and logs then, its seconds and its changes."""
+        if name not in self.known:
+            folder, command = self.fresh(name), COMMANDS[name]
+            before = contents(folder, command.outputs)
+            receive, send = multiprocessing.Pipe(duplex=False)
+            began = time.monotonic()
+            assert wait(begin(folder, command.arguments, count=send)) == 0, (folder / "stderr").read_text()
+            took = time.monotonic() - began
+            after = contents(folder, command.outputs)
+            assert after != before
+            self.known[name] = (before, after, names(folder), logged(folder), took, receive.recv())
+        return self.known[name]
+
+    def kill(self, name: str, way: str) -> tuple[str, str]:
+        """Kill a command once and give it again; return what was there in between, and what is wrong, if anything."""
+        self.undisturbed(name)
+        folder = self.fresh(name)
+        state, problem = self._kill(name, way, folder)
+        if not problem:
+            shutil.rmtree(folder)
+        return state, problem and f"{folder}: {problem}"
+
+    def _kill(self, name: str, way: str, folder: Path) -> tuple[str, str]:
+        before, after, all_names, log, seconds, changes = self.undisturbed(name)
+        command = COMMANDS[name]
+        die_at = self.dice.randrange(changes) if way == "change" else None
+        processes = [begin(folder, command.arguments, die_at=die_at)]
+        if way == "two":
+            processes.append(begin(folder, command.arguments))
+        if die_at is None:
+            time.sleep(self.dice.uniform(0, seconds))
+            with contextlib.suppress(ProcessLookupError):  # with what it has started, or what it has started lives on
+                (os.killpg if self.dice.random() < 0.5 else os.kill)(processes[0], signal.SIGKILL)
+        codes = [wait(process) for process in processes]
+        if bad := [code for code in codes if code not in (0, 2, -9)]:
+            return "", f"exit codes {bad}: {(folder / 'stderr').read_text()}"
+        try:
+            found = contents(folder, command.outputs)
+        except Exception as error:
+            return "", f"after the kill: {error}"
+        is_new = found == after or (command.parts and found.items() <= after.items() and bool(found or not before))
+        between = name == "convert to-official --force" and found.items() < before.items()  # one of two files alone
+        if not (is_new or found == before or between):
+            return "", f"neither old nor new after the kill: {sorted(found)}"
+        state = "new" if found == after else "old" if found == before else "in part"
+        if code := wait(begin(folder, command.again(folder))):
+            return state, f"exit code {code} when given again: {(folder / 'stderr').read_text()}"
+        if contents(folder, command.outputs) != after:
+            return state, "given again, it came to other bits"
+        if logged(folder) != log:
+            return state, "given again, the log is another"
+        if odd := names(folder) ^ all_names:
+            return state, f"left lying, or missing: {sorted(odd)}"
+        return state, ""
+
+
+def shares(kills: int) -> Iterator[tuple[str, str, int]]:
+    """Hand out kills: yield command, way and how many."""
+    total = sum(WEIGHTS.values())
+    for name, weight in WEIGHTS.items():
+        # A comparison's changes are its workers', which start anew and so are killed by the clock alone.
+        ways = WAYS if name != "compare" else ("clock", "two")
+        mine = max(1, round(kills * weight / total))
+        for i, way in enumerate(ways):
+            if count := len(range(i, mine, len(ways))):
+                yield name, way, count
+
+
+def torture(kills: int, seed: int, place: Path, on_line: Callable[[dict[str, Any]], None]) -> list[str]:
+    """Kill so many times; returns what went wrong."""
+    driver, wrong = Torture(place, seed), []
+    for name, way, count in shares(kills):
+        began, states = time.monotonic(), Counter[str]()
+        problems = []
+        for _ in range(count):
+            state, problem = driver.kill(name, way)
+            states[state] += 1
+            problems += [problem] if problem else []
+        wrong += [f"{name}, by {way}: {problem}" for problem in problems]
+        on_line(
+            {
+                "fault": "kill -9",
+                "command": name,
+                "way": way,
+                "kills": count,
+                "found": {state: states[state] for state in ("old", "in part", "new")},
+                "wrong": len(problems),
+                "seconds": round(time.monotonic() - began, 1),
+            }
+        )
+    return wrong
+
+
+def main() -> None:
+    """Kill, and append what came of it to the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    facts = {
+        "seed": given.seed,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+    def keep(line: dict[str, Any]) -> None:
+        print(line, flush=True)
+        with RESULTS.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({**line, **facts}) + "\n")
+
+    torch.set_num_threads(1)
+    place = Path(tempfile.mkdtemp(prefix="torture"))
+    wrong = torture(given.kills, given.seed, place, keep)
+    print(*wrong, sep="\n")
+    if wrong:
+        sys.exit(f"{len(wrong)} of {given.kills} kills were not survived; the folders are kept in {place}")
+    shutil.rmtree(place)
+
+
+if __name__ == "__main__":
+    main()
