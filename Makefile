@@ -118,6 +118,7 @@ ecosystem: $(CHECKPOINT) $(GROWN) .venv-others/installed .venv-vllm/installed .v
 	.venv-sglang/bin/python $(ECOSYSTEM)/sglang_generate.py $(CHECKPOINT) --results $(OUTCOMES)
 	for tool in grown_llama grown_llamacpp; do \
 		.venv-vllm/bin/python $(ECOSYSTEM)/$$tool.py $(GROWN) --results $(OUTCOMES) || exit 1; done
+	$(BIN)/python $(ECOSYSTEM)/beside_maps.py runs/smollm2/model --results $(OUTCOMES)
 	$(BIN)/python benchmarks/readme.py
 
 $(CHECKPOINT): install

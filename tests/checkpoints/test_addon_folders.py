@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import zoo
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from typer.testing import CliRunner
@@ -78,6 +79,26 @@ def test_another_parent_is_refused(tmp_path):
     taken = taught("llama")
     with pytest.raises(GrowthError, match=r"token group 'new' exists already"):
         attach(taken, tmp_path / "new")
+
+
+@torch.no_grad()
+# peft 0.21 still asks transformers 5.23 for the old name of activation checkpointing.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_parent_whose_maps_lora_wraps(tmp_path):
+    model = taught("llama", at="q_proj|v_proj")
+    split(model, "new", tmp_path / "new")
+    lora = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    after, before = get_peft_model(zoo.make("llama"), lora), get_peft_model(model, lora)
+    attach(after, tmp_path / "new")
+    before.load_state_dict({n: t for n, t in after.state_dict().items() if ".lora_" in n}, strict=False)
+    torch.testing.assert_close(outputs(after), outputs(before))
+    with before.disable_adapter():
+        alone = outputs(before)
+    with after.disable_adapter():
+        assert torch.equal(outputs(after), alone)
+    drop(after, ["new"])
+    drop(before, ["new"])
+    assert torch.equal(outputs(after), outputs(before))
 
 
 @torch.no_grad()

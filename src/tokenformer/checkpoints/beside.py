@@ -182,7 +182,8 @@ def attach_beside(model: nn.Module, path: str | Path, *, name: str | None = None
     """Put the token group of an add-on folder beside the linear maps of its parent; errors as `attach`."""
     config, tensors, parent = read_addon(path)
     _check_parent(model, parent, config, Path(path))
-    outer = {_plain_name(site): site for site, _ in model.named_modules()}
+    # Of a map in a map, as LoRA makes them, the outer one, which comes first.
+    outer = {_plain_name(site): site for site, _ in reversed(list(model.named_modules()))}
     put_tokens(
         model,
         name or config.name,
