@@ -110,6 +110,8 @@ def test_checkpoints_that_cannot_be_united_leave_nothing(folders, tmp_path):
     ):
         done = tell("merge", one, other, "-o", out, "--by", "modality")
         assert type(done.exception) is error and message in str(done.exception)
+    both = folders / "both"
+    assert "describes images in words" in str(tell("evaluate", both, "--images", "fashion-mnist").exception)
     for wish in (["--by", "modality", "--norm", "joint"], ["--bridge", "3"]):
         assert type(tell("merge", language, vision, "-o", out, *wish).exception) is GrowthError
     assert not out.exists()
@@ -118,5 +120,7 @@ def test_checkpoints_that_cannot_be_united_leave_nothing(folders, tmp_path):
 def test_the_code_lies_beside_the_weights(folders):
     for name in ("modeling_tokenformer_multimodal", "processing_tokenformer_multimodal", "modality"):
         assert (folders / "both" / f"{name}.py").is_file()
+    notes = [group["notes"] for group in json.loads(tell("inspect", folders / "both", "--json").output)["groups"]]
+    assert notes == [["for text", "frozen"], ["for images", "frozen"], ["for images and text after them"]]
     config = json.loads((folders / "both" / "config.json").read_text())
     assert config["auto_map"]["AutoProcessor"] == "processing_tokenformer_multimodal.TokenformerProcessor"

@@ -48,7 +48,7 @@ def prompt(both, text, count=1):
 
 
 @torch.no_grad()
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(
     family=st.sampled_from(["paper", "ffn"]),
     attention=st.sampled_from(["sdpa", "eager"]),
@@ -156,6 +156,8 @@ def test_other_pairs_and_wishes_are_refused():
         merge(grown, tiny_vision("ffn"), by="modality")
     with pytest.raises(GrowthError, match="take part at positions of different modalities"):
         consolidate(copy.deepcopy(both))
+    with pytest.raises(GrowthError, match="nothing would be left in the qkv projection"):
+        drop(copy.deepcopy(both), ["vision_base"])
     with pytest.raises(GrowthError, match="take part by modality"):
         route(copy.deepcopy(both), "base", [], [])
 

@@ -14,7 +14,8 @@ from tiny_models import FAMILIES, images, tiny, tiny_vision, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, ViTImageProcessorPil
 
 import tokenformer
-from tokenformer import TokenformerForCausalLM, grow, pack
+from tokenformer import TokenformerForCausalLM, TokenformerProcessor, grow, merge, pack, save
+from tokenformer.data.tokenizer import make_tokenizer
 
 FILES = [
     "configuration_blocks.py",
@@ -83,6 +84,27 @@ from PIL import Image
 print(classify(Image.fromarray(picture), top_k=1)[0]["label"])
 found = dict(logits=model(images).logits, again=again(images).logits, pooled=base(images).pooler_output.contiguous())
 save_file(found, folder + "/found.safetensors")
+"""
+
+LOAD_MULTIMODAL = """
+import sys
+from importlib.util import find_spec
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+assert find_spec("tokenformer") is None
+folder, asked = sys.argv[1], dict(trust_remote_code=True)
+model, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **asked)
+assert not any(report.values()), report
+processor = AutoProcessor.from_pretrained(folder, **asked)
+batch = processor(images=Image.new("RGB", (16, 12), "navy"), text="<image>What?", return_tensors="pt")
+model.save_pretrained(folder + "/again")
+processor.save_pretrained(folder + "/again")
+describe = pipeline("image-text-to-text", model=folder + "/again", **asked)
+(said,) = describe(images=Image.new("RGB", (16, 12), "navy"), text="<image>What?", max_new_tokens=3, do_sample=False)
+print(type(processor).__name__, type(describe.processor).__name__, said["generated_text"][:12])
+save_file({**batch, "logits": model(**batch).logits}, folder + "/found.safetensors")
 """
 
 
@@ -158,3 +180,20 @@ def test_an_image_classifier_does_too(run, tmp_path):
     assert {file.name: file.read_text() for file in (tmp_path / "again").glob("*.py")} == CODE
     auto_map = AutoConfig.from_pretrained(tmp_path / "again").auto_map
     assert auto_map["AutoModel"] == "modeling_tokenformer_vision.TokenformerVisionModel"
+
+
+@pytest.mark.slow
+def test_a_model_that_reads_both_does_too_with_its_processor(run, tmp_path):
+    both = merge(tiny("ffn", vocab_size=257), tiny_vision("ffn"), by="modality")
+    tokenizer = make_tokenizer("bytes", [])
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    images = ViTImageProcessorPil(size={"height": 12, "width": 16})
+    save(tmp_path / "both", both, TokenformerProcessor(images, tokenizer, image_positions=13))
+    done = run(LOAD_MULTIMODAL, tmp_path / "both")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("TokenformerProcessor TokenformerProcessor <image>What?"[:40])
+    found = load_file(tmp_path / "both" / "found.safetensors")
+    with torch.no_grad():
+        assert torch.equal(both(**{k: v for k, v in found.items() if k != "logits"}).logits, found["logits"])
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert "AutoProcessor.from_pretrained(folder, trust_remote_code=True)" in card

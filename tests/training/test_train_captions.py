@@ -76,13 +76,16 @@ def test_captions_are_counted_and_name_their_labels(content):
             {"model": {"checkpoint": None, "preset": "1m"}},
             "is a 'tokenformer' model. `tokenformer merge LANGUAGE VISION",
         ),
+        ({"images": None, "data": {"source": "x"}, "stages": [{"text_tokens": 9}]}, "learns from images with captions"),
         ({"images": {"captions": None}}, "describes images in words; say in images.captions how"),
     ],
 )
 def test_recipes_that_do_not_fit(content, tmp_path, change, message):
-    changed = {**content, **{k: {**content[k], **v} for k, v in change.items()}}
+    changed = {**content, **{k: {**content.get(k, {}), **v} if isinstance(v, dict) else v for k, v in change.items()}}
     changed = {
-        k: {f: x for f, x in v.items() if x is not None} if isinstance(v, dict) else v for k, v in changed.items()
+        k: {f: x for f, x in v.items() if x is not None} if isinstance(v, dict) else v
+        for k, v in changed.items()
+        if v is not None
     }
     with pytest.raises(RecipeError, match=None) as caught:
         train(changed, tmp_path / "run")

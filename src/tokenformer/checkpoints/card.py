@@ -16,7 +16,7 @@ from transformers import {model}, {reader}
 
 folder = "."  # this folder, or the name it has on the Hub
 model = {model}.from_pretrained(folder{trust})
-{variable} = {reader}.from_pretrained(folder)
+{variable} = {reader}.from_pretrained(folder{reader_trust})
 ```"""
 _TRUST = """
 
@@ -60,7 +60,9 @@ def model_card(config: PreTrainedConfig, lineage: Lineage, *, license: str | Non
     row = architecture_of(config)
     ours, (article, what, task, reader, variable) = row.has_pattention, _KINDS[row.auto]
     data = ModelCardData(library_name="transformers", pipeline_tag=task, tags=["tokenformer"], license=license)
-    loading = {"model": row.auto, "reader": reader, "variable": variable, "trust": ""}
+    trust = ", trust_remote_code=True" if ours else ""
+    loading = {"model": row.auto, "reader": reader, "variable": variable, "trust": trust}
+    loading["reader_trust"] = trust if reader == "AutoProcessor" else ""  # tokenizers bring no code
     tokens, parameters = cost.group_tokens(config), cost.group_parameters(config)
     groups = [
         f"| {group.name} | {_counts(group)} | {tokens[group.name]:,} | {parameters[group.name]:,} |"
@@ -87,9 +89,7 @@ def model_card(config: PreTrainedConfig, lineage: Lineage, *, license: str | Non
         f"{config.hidden_size}{looped(getattr(config, 'num_loops', 1))}, "
         f"{counted(config.num_attention_heads, 'head')}, {_reads(config)}.{_ternary(config)}",
         "## Load it",
-        _LOADING.format(**loading | {"trust": ", trust_remote_code=True"}) + _TRUST
-        if ours
-        else _LOADING.format(**loading),
+        _LOADING.format(**loading) + (_TRUST if ours else ""),
         "## Token groups",
         "\n".join(
             [

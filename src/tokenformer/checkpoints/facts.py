@@ -9,8 +9,10 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..growth.architectures import Architecture, GroupEntry, architecture_of, frozen_names, token_groups
+from ..models.names import BOTH, IMAGE, TEXT
 from .verify import Header, config_fields, is_old_buffer, read_headers
 
+_TAKES_PART = {TEXT: "for text", IMAGE: "for images", BOTH: "for images and text after them"}
 # Bytes of a number in safetensors' types.
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 0.25}  # packed, four in a byte
 
@@ -85,6 +87,7 @@ def _group(config: Any, row: Architecture, group: GroupEntry, headers: dict[str,
                 parameters, size = parameters + numbers, size + numbers * _BYTES[header.dtype]
     notes = [f"with {group.brought}"] if group.brought else []
     notes += ["routed"] if group.routed else []
+    notes += [_TAKES_PART[group.modality]] if group.modality else []
     notes += [] if group.weights == "float" else [group.weights]
     return {
         "name": group.name,

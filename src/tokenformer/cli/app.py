@@ -209,6 +209,11 @@ def _evaluate_images(
     from ..evaluation import evaluate_images
     from .tables import image_table
 
+    if hasattr(model.config, "image_token_id"):
+        raise EvaluationError(
+            f"checkpoint {checkpoint} describes images in words and labels none; training on images.captions measures "
+            "how well, and transformers' pipeline writes them"
+        )
     processor = load_image_processor(checkpoint)
     if model.main_input_name != "pixel_values" or processor is None:
         raise EvaluationError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import GrowthError
-from ..models.names import BASE_GROUP, PROJECTIONS
+from ..models.names import BASE_GROUP, IMAGE, PROJECTIONS, TEXT
 from .layout import Architecture, TokenMap, mlp_maps, pattention_map
 
 if TYPE_CHECKING:  # the table is read without torch by what tells files apart
@@ -292,8 +292,14 @@ def with_groups(
                 f"the blocks would have {min(totals)} to {max(totals)} neurons, but a {config.model_type!r} model "
                 f"has one number for all, {count}; choose the same for every block"
             )
+        # What is there in every loop and, where groups take part by modality, for each.
+        modalities: set[str | None] = {group.modality for group in token_groups(config)} & {TEXT, IMAGE} or {None}
         always = [
-            sum(group.count(projection, i) for group in groups if not group.loops) for i in range(row.depth_of(new))
+            sum(
+                group.count(projection, i) for group in groups if not group.loops and group.modality in (None, modality)
+            )
+            for modality in modalities
+            for i in range(row.depth_of(new))
         ]
         if min(always) == 0 and projection not in (getattr(config, "linear_projections", None) or ()):
             raise GrowthError(

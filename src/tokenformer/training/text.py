@@ -206,6 +206,8 @@ def first_config(model: ModelSection, data: TextData, *, context: int, where: st
 
 
 def _check_reads_text(architecture: str, *, where: str) -> None:
+    if ARCHITECTURES[architecture].auto == "AutoModelForImageTextToText":
+        raise RecipeError(f"{where}: this model learns from images with captions; give images in place of data")
     if ARCHITECTURES[architecture].auto != "AutoModelForCausalLM":
         raise RecipeError(
             f"{where}: a {architecture!r} model reads images, not text; give images in place of data, or another model"
