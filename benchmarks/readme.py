@@ -219,9 +219,35 @@ def racing() -> str:
     return "\n".join([*rows, "", f"Ours takes {middle:.2f} × the CPU time ({min(ratios):.2f} to {max(ratios):.2f})."])
 
 
+def attending() -> str:
+    """Return what parameter tokens that attend to one another gain, or that nobody has measured it here."""
+    if not (RESULTS / "attending.jsonl").exists():
+        return "Not measured yet: `python benchmarks/attending.py` does, in ten minutes of one idle core."
+    measured = lines("attending")
+    rows = [
+        "| parameter tokens of a feed-forward | parameters in use | trained | text tokens | rate | bits per byte |",
+        "|---|--:|--:|--:|--:|---|",
+    ]
+    means = []
+    for attends, label in ((False, "as they are"), (True, "after attending to one another")):
+        own = [line for line in measured if line["attends"] is attends]
+        rate = statistics.multimode(line["learning_rate"] for line in own)[0]
+        final = [line for line in own if line["learning_rate"] == rate]
+        scores = [line["report_bits_per_byte"] for line in final]
+        means.append({line["seed"]: line["report_bits_per_byte"] for line in final})
+        first = final[0]
+        rows.append(
+            f"| {label} | {first['parameters']:,} | {first['trained']:,} | {first['text_tokens']:,} | {rate:g} "
+            f"| {statistics.mean(scores):.4f} ({min(scores):.4f} to {max(scores):.4f}, {len(scores)} seeds) |"
+        )
+    gained = [means[1][seed] - means[0][seed] for seed in sorted(means[0])]
+    each = ", ".join(f"{gain:+.4f}" for gain in gained)
+    return "\n".join([*rows, "", f"Seed by seed, attending changes the bits per byte by {each}."])
+
+
 PAGES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (costs,),
-    "docs/compare.md": (racing, comparisons),
+    "docs/compare.md": (racing, comparisons, attending),
     "docs/ecosystem.md": (ecosystem, convert),
     "docs/results/knowledge.md": (merging, smollm2_results, continual_results, routing),
     "docs/results/speed.md": (demo, benchmarks, rewriting, preparing, installing),
