@@ -20,7 +20,7 @@ from ..units import counted
 from .architectures import ARCHITECTURES, group_names
 from .mlps import Neurons, add_neurons, fits
 from .sequence import Follower, SequenceGate, add_sequence_gate, drop_sequence_gates, sequence_gates
-from .sites import CHILD, check_whole, clear_site, factory_of, find_sites, linear_maps, make_site, sites, sizes_of
+from .sites import CHILD, check_whole, clear_site, factory_of, find_sites, make_site, sites, sizes_of
 
 
 def names_beside(model: nn.Module) -> list[str]:
@@ -159,39 +159,48 @@ def put_tokens(
     """
     check_new_beside(model, name)
     check_whole(model)
-    maps, modules = linear_maps(model), dict(model.named_modules())
+    places = dict(model.named_modules())
     for site, found in tokens.items():
-        if found.tau is None:
-            if site not in modules or not fits(modules[site], found.tensors):
-                raise GrowthError(
-                    f"token group {name!r} is neurons beside {site}, with maps {', '.join(found.tensors)}; this "
-                    f"{type(model).__name__} has no such MLP there: it is another model"
-                )
-            continue
-        wanted = (found.tensors["keys.weight"].shape[1], found.tensors["values.weight"].shape[0])
-        if site not in maps or sizes_of(maps[site]) != wanted:
-            there = f"maps {' to '.join(map(str, sizes_of(maps[site]) or ()))}" if site in maps else "is not there"
-            raise GrowthError(
-                f"token group {name!r} belongs beside {site}, which maps {wanted[0]} to {wanted[1]}; in this "
-                f"{type(model).__name__} it {there}: it is another model"
-            )
+        _check_place(model, places.get(site), site, name, found)
     for site, found in tokens.items():
-        factory = factory_of(modules[site], model)
-        if found.tau is None:
-            copies = {leaf: tensor.detach().to(copy=True, **factory) for leaf, tensor in found.tensors.items()}
-            layer: Pattention = add_neurons(modules[site], name, copies)
-        else:
-            layer = make_site(modules[site], **factory)
-            layer.add_group(name, found.count, **factory)
-            group: Any = layer.groups[name]
-            group.tau = found.tau
-            for leaf, parameter in group.named_parameters():
-                parameter.copy_(found.tensors[leaf])
-        if found.gate is not None:
-            layer.add_gate(name)
-            set_gate(layer, name, *found.gate)
+        _put(places[site], name, found, factory_of(places[site], model))
     if sequence_gate is not None:
         add_sequence_gate(model, name, sequence_gate.weight, sequence_gate.bias)
+
+
+def _check_place(model: nn.Module, module: nn.Module | None, site: str, name: str, found: SiteTokens) -> None:
+    """Refuse to put tokens beside what is not there, or is of another size."""
+    if found.tau is None:
+        if module is None or not fits(module, found.tensors):
+            raise GrowthError(
+                f"token group {name!r} is neurons beside {site}, with maps {', '.join(found.tensors)}; this "
+                f"{type(model).__name__} has no such MLP there: it is another model"
+            )
+        return
+    wanted = (found.tensors["keys.weight"].shape[1], found.tensors["values.weight"].shape[0])
+    sizes = None if module is None else sizes_of(module)
+    if sizes != wanted:
+        there = "is not there" if sizes is None else f"maps {sizes[0]} to {sizes[1]}"
+        raise GrowthError(
+            f"token group {name!r} belongs beside {site}, which maps {wanted[0]} to {wanted[1]}; in this "
+            f"{type(model).__name__} it {there}: it is another model"
+        )
+
+
+def _put(module: nn.Module, name: str, found: SiteTokens, factory: dict[str, Any]) -> None:
+    if found.tau is None:
+        copies = {leaf: tensor.detach().to(copy=True, **factory) for leaf, tensor in found.tensors.items()}
+        layer: Pattention = add_neurons(module, name, copies)
+    else:
+        layer = make_site(module, **factory)
+        layer.add_group(name, found.count, **factory)
+        group: Any = layer.groups[name]
+        group.tau = found.tau
+        for leaf, parameter in group.named_parameters():
+            parameter.copy_(found.tensors[leaf])
+    if found.gate is not None:
+        layer.add_gate(name)
+        set_gate(layer, name, *found.gate)
 
 
 def set_gate(layer: Pattention, name: str, weight: Tensor, bias: Tensor) -> None:

@@ -6,8 +6,6 @@ neurons(x). The MLP itself is then the parent's.
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,9 +63,10 @@ def fits(mlp: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
 
 def _alike(mlp: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Return an MLP that computes as this one does, with other weights; no bias is added where none is given."""
-    new = copy.copy(mlp)
-    new._modules = {key: module for key, module in mlp._modules.items() if key != CHILD}
-    new._forward_hooks, new._forward_hooks_with_kwargs = OrderedDict(), OrderedDict()
+    new: nn.Module = object.__new__(type(mlp))
+    nn.Module.__init__(new)  # so that it shares no hooks
+    new.__dict__.update({key: value for key, value in vars(mlp).items() if key not in vars(new)})
+    new._modules.update({key: module for key, module in mlp._modules.items() if key != CHILD})
     for leaf, weight in tensors.items():
         name, _, kind = leaf.rpartition(".")
         if kind != "weight":
