@@ -9,9 +9,11 @@ from group_operations import facts, logits, ordinary, same, train_only
 from huggingface_hub.errors import StrictDataclassError
 from tiny_models import close, tiny, tiny_vision, tokens
 from transformers import DynamicCache
+from typer.testing import CliRunner
 
 from tokenformer import TokenformerConfig, grow
 from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from tokenformer.cli.app import app
 from tokenformer.convert.official import check_expressible
 from tokenformer.errors import ConversionError, GrowthError
 from tokenformer.explain import explain
@@ -19,6 +21,7 @@ from tokenformer.growth.groups import drop, merge
 from tokenformer.growth.importance import measure, watched_weights
 from tokenformer.growth.route import route
 from tokenformer.growth.select import prune
+from tokenformer.plan import PlannedModel
 
 KINDS = {
     "paper": tiny,
@@ -124,6 +127,27 @@ def test_a_contribution_is_that_of_all_loops_together():
         values = model.model.layers[c.block].get_submodule(c.map_name).groups[c.group].values.weight
         close(torch.tensor(c.contribution), (values * values.grad)[:, c.index].sum())
         assert c.position < 20
+
+
+def test_gradients_are_the_same_when_activations_are_computed_again():
+    found = []
+    for again in (False, True):
+        model = looped().train()
+        if again:
+            model.activation_checkpointing_enable()
+        model(tokens(), labels=tokens()).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+
+
+def test_inspect_card_and_plan_say_how_often_blocks_run(tmp_path):
+    model = looped()
+    save_checkpoint(tmp_path / "c", model)
+    assert "2 blocks of width 64, run 2 times, 4 heads" in (tmp_path / "c" / "README.md").read_text()
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "c")]).output
+    assert "2 blocks of width 64, run 2 times" in shown and "with loops 1" in shown
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_loops": 2}
+    assert PlannedModel(model=sizes, text_tokens=1).label == "tokenformer 2 × 64, run 2 times"
 
 
 def test_pruning_all_tokens_of_a_loop_leaves_the_loop():
