@@ -142,6 +142,7 @@ def test_public_api_is_pinned():
         "sort",
         "split",
         "text_blocks",
+        "tokenise",
         "train",
         "unfreeze",
         "using",

@@ -17,10 +17,14 @@ from transformers import (
     MixtralForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    xLSTMConfig,
+    xLSTMForCausalLM,
 )
 
 SIZES = {
@@ -61,6 +65,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
             vocab_size=64, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, state_size=8, n_groups=1,
             chunk_size=4, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         )
+    ),
+    "xlstm": lambda: xLSTMForCausalLM(
+        xLSTMConfig(
+            vocab_size=64, hidden_size=64, num_hidden_layers=2, num_heads=4, qk_dim_factor=1.0, ffn_proj_factor=1.0,
+            ffn_round_up_to_multiple_of=8, chunk_size=4, autocast_kernel_dtype="float32",
+        )
+    ),
+    "recurrent_gemma": lambda: RecurrentGemmaForCausalLM(
+        RecurrentGemmaConfig(**{**SIZES, "num_hidden_layers": 3, "intermediate_size": 96}, lru_width=32)
     ),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, **EXPERTS, num_local_experts=4)),
     "qwen3_next": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**SIZES, **EXPERTS, **DELTA_NET)),

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .growth.route import route
     from .growth.select import prune, shrink, sort
     from .growth.sequence import using
+    from .growth.tokenise import tokenise
     from .models.configuration_blocks import TokenformerBlocksConfig
     from .models.configuration_tokenformer import PRESETS, TokenformerConfig
     from .models.configuration_tokenformer_multimodal import TokenformerMultimodalConfig
@@ -91,6 +92,7 @@ __all__ = [
     "sort",
     "split",
     "text_blocks",
+    "tokenise",
     "train",
     "unfreeze",
     "using",
@@ -127,6 +129,7 @@ _HOMES = {
     "sort": "growth.select.sort",
     "split": "checkpoints.addons.split",
     "text_blocks": "data.blocks.text_blocks",
+    "tokenise": "growth.tokenise.tokenise",
     "train": "training.train.train",
     "unfreeze": "growth.freeze.unfreeze",
     "using": "growth.sequence.using",

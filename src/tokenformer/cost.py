@@ -1,4 +1,7 @@
-"""What a model costs: parameters, FLOPs, bytes, of any architecture in the table; mostly from a configuration alone."""
+"""What a model costs: parameters, FLOPs, bytes; mostly from a configuration alone.
+
+Of architectures in the table FLOPs are computed; of others, whose blocks may do anything, torch's counter counts them.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +13,42 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .growth.architectures import architecture_of, auto_class, group_names, places, token_groups
+from .growth.architectures import architecture_of, group_names, places, row_of, site_groups, token_groups
 from .growth.neurons import GroupedLinear
+from .growth.sites import sites
 from .growth.state import read_map
+from .growth.tokenise import build
 from .models.ternary import PackedLinear
 
 
 def group_parameters(config: PreTrainedConfig) -> dict[str, int]:
-    """Parameters in each token group: keys and values of all its tokens in all blocks, with biases."""
-    state, counts = _model(config).state_dict(), dict.fromkeys(group_names(config), 0)
-    for block, token_map in places(config):
-        for name, tensors in read_map(config, state, block, token_map).items():
-            counts[name] += sum(t.numel() for part, t in tensors.items() if ".gates." not in part)
+    """Parameters in each token group: keys and values of all its tokens, with biases."""
+    listed, row = site_groups(config), row_of(config)
+    counts = dict.fromkeys([*(group_names(config) if row else []), *listed], 0)
+    if row:
+        state = _model(config).state_dict()
+        for block, token_map in places(config):
+            for name, tensors in read_map(config, state, block, token_map).items():
+                counts[name] += sum(t.numel() for part, t in tensors.items() if ".gates." not in part)
+    if listed:
+        for layer in sites(_model(config)).values():
+            for name, group in layer.groups.items():
+                counts[name] += sum(p.numel() for p in group.parameters())
     return counts
 
 
 def group_tokens(config: PreTrainedConfig) -> dict[str, int]:
-    """Parameter tokens in each token group, over all projections and blocks."""
-    listed = list(places(config))
-    return {
+    """Parameter tokens in each token group, over all maps that have some."""
+    listed = list(places(config)) if row_of(config) else []
+    own = {
         group.name: sum(group.count(token_map.projection, block) for block, token_map in listed)
-        for group in token_groups(config)
+        for group in (token_groups(config) if listed else [])
     }
+    return own | site_groups(config)
 
 
 def parameters(config: PreTrainedConfig) -> int:
@@ -57,7 +71,10 @@ def forward_flops(config: PreTrainedConfig, context: int) -> float:
 
     2N + 4·layers·width·context (paper, table 3), N including the output head, width that of all attention heads; what
     a looped model uses again is counted again, attention without the causal half, norms and activations not at all.
+    Of an architecture that is not in the table those that torch's counter sees, which are of the same kind.
     """
+    if row_of(config) is None:
+        return counted_flops(build(config), context, backward=False)
     runs = config.num_hidden_layers * getattr(config, "num_loops", 1)
     return 2.0 * _multiplied(config) + runs * _attention_flops(config, context)
 
@@ -95,7 +112,10 @@ def training_flops_of(
     input where anything below it trains. Which inputs those are is seen in a pass over one text token, or one image, or
     `inputs`, whose FLOPs are then returned.
     """
-    row, config = architecture_of(model.config), model.config
+    config = model.config
+    row = row_of(config)
+    if row is None:
+        return counted_flops(model, context or 1)
     blocks = row.blocks_of(model)
     grouped: list[Any] = [m for m in model.modules() if isinstance(m, GroupedLinear)]
     within = {inner for m in grouped for inner in m.groups.values()}
@@ -114,6 +134,24 @@ def _numbers(linear: Any) -> int:
     """Count the numbers in a map's weight."""
     packed = isinstance(linear, PackedLinear)
     return linear.in_features * linear.out_features if packed else linear.weight.numel()
+
+
+def counted_flops(model: PreTrainedModel, context: int, *, backward: bool = True) -> float:
+    """Count the FLOPs per text token of a pass over `context` text tokens, forward and by default backward.
+
+    torch's counter watches the real modules, frozen ones included, with attention written out: its kernels on CPUs are
+    unknown to the counter, and fused ones compute scores twice, which is no work of the model's.
+    """
+    attention = model.config._attn_implementation
+    ids = torch.zeros(1, context, dtype=torch.long, device=next(model.parameters()).device)
+    model.set_attn_implementation("eager")
+    with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        if backward:
+            loss.backward()
+            model.zero_grad(set_to_none=True)
+    model.set_attn_implementation(attention)
+    return counter.get_total_flops() / context
 
 
 def _read(
@@ -163,8 +201,7 @@ def training_bytes(config: PreTrainedConfig) -> int:
 
 def _model(config: PreTrainedConfig) -> nn.Module:
     """Return the model without its weights."""
-    architecture_of(config)
-    return _built(config.to_json_string(use_diff=False))
+    return _built(json.dumps(config.to_dict(), sort_keys=True))
 
 
 @lru_cache(maxsize=8)
@@ -175,5 +212,4 @@ def _built(content: str) -> nn.Module:
         if entry.get("weights") == "packed":
             entry["weights"] = "ternary"
     with torch.device("meta"):
-        config = AutoConfig.for_model(**fields)
-        return auto_class(config).from_config(config)
+        return build(AutoConfig.for_model(**fields))

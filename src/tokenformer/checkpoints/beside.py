@@ -27,6 +27,7 @@ from ..growth.beside import SiteTokens, has_row, names_beside, own_state, put_to
 from ..growth.groups import drop
 from ..growth.sequence import SequenceGate, sequence_gates
 from ..growth.state import check_finite, tensors_digest
+from ..growth.tokenise import load_with_sites
 from ..units import counted
 from .files import replacing_folder
 from .lineage import Lineage
@@ -253,12 +254,12 @@ def load_any(
         kind: its class. Default: the one that its configuration names.
         dtype: default as stored.
     """
-    kind = kind or (AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or [""])[0]
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    kind = kind or (config.architectures or [""])[0]
     found: Any = getattr(transformers, kind, None)
     known = isinstance(found, type) and issubclass(found, PreTrainedModel)
-    model = (found if known else AutoModelForCausalLM).from_pretrained(
-        name, dtype=dtype or "auto", trust_remote_code=False
-    )
+    options: Any = {"dtype": dtype or "auto", "trust_remote_code": False}
+    model = load_with_sites(found if known else AutoModelForCausalLM, name, config, **options)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError):  # a model of something else than text

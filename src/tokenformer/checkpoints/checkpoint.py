@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.serialization import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,11 +32,13 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.tokenizer import read_tokenizer, vocabulary_size
 from ..errors import CheckpointError, GrowthError, TokenizerError
-from ..growth.architectures import ARCHITECTURES, architecture_of, auto_class, check_depth, frozen_names
-from ..growth.beside import names_beside
+from ..growth.architectures import ARCHITECTURES, auto_class, check_depth, frozen_names, row_of, site_groups
+from ..growth.beside import has_row, names_beside
 from ..growth.freeze import freeze
 from ..growth.neurons import group_neurons
 from ..growth.select import shrink
+from ..growth.sequence import sequence_gates
+from ..growth.tokenise import build, load_with_sites, note_sites
 from ..models.processing_tokenformer_multimodal import TokenformerProcessor
 from ..quiet import without_bars
 from .beside import attach_beside, load_parent
@@ -92,14 +95,16 @@ def save_checkpoint(
         on_progress: called with bytes written so far and in all, where `weights` is given.
 
     Raises:
-        CheckpointError: `path` exists and not `force`, or it cannot be written (full disk, no permission); or the model
-            has token groups beside linear maps, which no class of transformers would load.
+        CheckpointError: `path` exists and not `force`, or it cannot be written (full disk, no permission); or a gate of
+            the model decides for whole sequences, which only an add-on keeps.
     """
-    beside = names_beside(model)
-    if beside:
+    note_sites(model)
+    gated = [*sequence_gates(model), *(name for name in names_beside(model) if name not in site_groups(model.config))]
+    if gated:
         raise CheckpointError(
-            f"token group {', '.join(beside)} lies beside linear maps, so that a checkpoint would need a class of its "
-            f"own to be loaded; write an add-on instead: tokenformer.split(model, {beside[0]!r}, FOLDER)"
+            f"token group {gated[0]} has a gate that decides for whole sequences, or is neurons beside MLPs, which a "
+            f"checkpoint of the whole model does not keep; write an add-on: tokenformer.split(model, {gated[0]!r}, "
+            "FOLDER)"
         )
     with replacing_folder(Path(path), force=force) as folder:
         if weights is None:
@@ -130,7 +135,8 @@ def _save_streamed(folder: Path, model: PreTrainedModel, weights: Weights, on_pr
     """Do what `save_pretrained` does for a model whose weights come shard by shard; returns their digest."""
     config = model.config
     shapes = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
-    stored = architecture_of(config).stored
+    row = row_of(config)
+    stored = row.stored if row else {}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=_SHARD_BYTES)
     total, done, written, digest = int(split.metadata["total_size"]), 0, 0, hashlib.sha256()
     dtypes: set[torch.dtype] = set()
@@ -207,7 +213,10 @@ def load_checkpoint(
     lineage = verify_checkpoint(path)
     _check_size(path, config)
     try:
-        model, report = auto_class(config).from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
+        kind = getattr(transformers, (config.architectures or [""])[0], object)
+        whole = kind if getattr(config, "token_sites", None) else auto_class(config)
+        options: Any = {"dtype": dtype or "auto", "output_loading_info": True}
+        model, report = load_with_sites(whole, path, config, **options)
     except Exception as error:  # tensors of other shapes, and whatever else its files can have wrong
         raise CheckpointError(f"checkpoint {path} does not fit its own config.json: {error}") from error
     report["unexpected_keys"] = [name for name in report["unexpected_keys"] if not is_old_buffer(name)]
@@ -216,7 +225,8 @@ def load_checkpoint(
         raise CheckpointError(f"checkpoint {path} does not fit its own config.json: {problems}")
     if not model.all_tied_weights_keys:  # transformers leaves a head that differs untied, but says so nowhere
         model.config.tie_word_embeddings = False
-    group_neurons(model)
+    if has_row(model):
+        group_neurons(model)
     if keep != 1:
         shrink(model, keep)
     freeze(model, frozen_names(model.config))
@@ -265,7 +275,8 @@ def need_tokenizer(
     """
     if tokenizer is not None:
         return tokenizer
-    if architecture_of(config).auto == "AutoModelForImageClassification":
+    row = row_of(config)
+    if row is not None and row.auto == "AutoModelForImageClassification":
         raise TokenizerError(f"checkpoint {path} reads images, and text was given; take one that reads text")
     raise TokenizerError(f"checkpoint {path} has no tokenizer; save the one it was trained with beside it")
 
@@ -322,18 +333,16 @@ def read_config(path: str | Path) -> PreTrainedConfig:
     """Read a checkpoint's configuration alone; errors as in `load_checkpoint`."""
     content = config_fields(path)
     try:
-        if content.get("model_type") not in ARCHITECTURES:
-            raise CheckpointError(
-                f"checkpoint {path} is a {content.get('model_type')!r} model, which is not in the table of "
-                f"architectures ({', '.join(ARCHITECTURES)}); a row in growth/architectures.py adds one"
-            )
         if content.get("quantization_config"):
             raise CheckpointError(f"checkpoint {path} is quantised; give the one that it was made from")
-        row = ARCHITECTURES[content["model_type"]]
-        check_depth(row, content, most=len(read_headers(path)))
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        check_depth(ARCHITECTURES.get(content.get("model_type") or ""), content, most=len(read_headers(path)))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        auto_class(config)
+        return config
     except CheckpointError:
         raise
+    except GrowthError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from error
     except Exception as error:  # each class checks its fields in its own way
         raise CheckpointError(f"checkpoint {path} is damaged: {CONFIG_FILE}: {error}") from error
 
@@ -346,7 +355,7 @@ def empty_model(path: str | Path, config: PreTrainedConfig) -> PreTrainedModel:
     """
     try:
         with torch.device("meta"):
-            return auto_class(config).from_config(config)
+            return build(config)
     except Exception as error:  # sizes that do not go together, names of functions that there are not
         raise CheckpointError(f"checkpoint {path} is damaged: {CONFIG_FILE}: {error}") from error
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import CheckpointError
-from ..growth.architectures import Architecture, GroupEntry, architecture_of, frozen_names, token_groups
-from ..models.names import BOTH, IMAGE, TEXT
+from ..growth.architectures import Architecture, GroupEntry, frozen_names, row_of, token_groups
+from ..models.names import BESIDE, BOTH, IMAGE, TEXT
 from .verify import Header, config_fields, is_old_buffer, read_headers
 
 _TAKES_PART = {TEXT: "for text", IMAGE: "for images", BOTH: "for images and text after them"}
@@ -25,7 +25,6 @@ def checkpoint_facts(path: str | Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: missing, damaged or truncated files.
-        GrowthError: an architecture without a row in the table.
     """
     try:
         return _facts(path)
@@ -38,8 +37,10 @@ def checkpoint_facts(path: str | Path) -> dict[str, Any]:
 def _facts(path: str | Path) -> dict[str, Any]:
     fields = config_fields(path)
     config: Any = SimpleNamespace(**{"model_type": None, **fields})
-    row = architecture_of(config)
+    row = row_of(config)
     found = {n: h for n, h in read_headers(path).items() if h.dtype in _BYTES and not is_old_buffer(n)}
+    if row is None:
+        return _facts_of_sites(path, config, {name: h for name, h in found.items() if ".gates." not in name})
     headers = {name: found[stored] for stored, name in row.names_in_memory(found).items()}
     blocks = {number for name in headers if (number := row.block_number(name)) is not None}
     setattr(config, row.depth, len(blocks))
@@ -48,6 +49,7 @@ def _facts(path: str | Path) -> dict[str, Any]:
             setattr(config, field, _neurons(row, headers, projection))
     parameters = {n: header for n, header in headers.items() if ".gates." not in n and not n.endswith("_scale")}
     groups = [_group(config, row, group, parameters) for group in token_groups(config)]
+    groups += _groups_of_sites(config, parameters)
     total, size = _sizes(parameters)
     norm = headers.get(f"{row.prefix}.{row.final_norm}.weight")
     return {
@@ -67,6 +69,51 @@ def _facts(path: str | Path) -> dict[str, Any]:
             "bytes": size - sum(group["bytes"] for group in groups),
         },
     }
+
+
+def _facts_of_sites(path: str | Path, config: Any, parameters: dict[str, Header]) -> dict[str, Any]:
+    """Say the same of a model whose token groups lie at linear maps alone."""
+    groups, (total, size) = _groups_of_sites(config, parameters), _sizes(parameters)
+    return {
+        "checkpoint": str(path),
+        "kind": config.model_type,
+        "parameters": total,
+        "bytes": size,
+        "training_bytes": 16 * total,
+        "num_hidden_layers": getattr(config, "num_hidden_layers", None),
+        "hidden_size": getattr(config, "hidden_size", None),
+        "vocab_size": getattr(config, "vocab_size", None),
+        "labels": None,
+        "groups": groups,
+        "everything_else": {
+            "parameters": total - sum(group["parameters"] for group in groups),
+            "bytes": size - sum(group["bytes"] for group in groups),
+        },
+    }
+
+
+def _groups_of_sites(config: Any, headers: dict[str, Header]) -> list[dict[str, Any]]:
+    listed: dict[str, list[dict[str, Any]]] = {}
+    for site in (getattr(config, "token_sites", None) or {}).values():
+        for name, group in site["groups"].items():
+            listed.setdefault(name, []).append(group)
+    found = []
+    for name, groups in listed.items():
+        inside = {n: h for n, h in headers.items() if f".{BESIDE}.groups.{name}." in n}
+        numbers, size = _sizes(inside)
+        counts = [group["tokens"] for group in groups]
+        notes = ["routed"] if any(group.get("routed") for group in groups) else []
+        found.append(
+            {
+                "name": name,
+                "counts": {"linear maps": [min(counts), max(counts)]},
+                "tokens": sum(counts),
+                "parameters": numbers,
+                "bytes": size,
+                "notes": [*notes, *(["frozen"] if name in frozen_names(config) else [])],
+            }
+        )
+    return found
 
 
 def _group(config: Any, row: Architecture, group: GroupEntry, headers: dict[str, Header]) -> dict[str, Any]:

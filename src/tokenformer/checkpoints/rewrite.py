@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, GrowthError
-from ..growth.architectures import Groups, architecture_of, auto_class, group_names
+from ..growth.architectures import Groups, architecture_of, group_names
 from ..growth.groups import check_siblings, merge_operation
 from ..growth.layout import TokenMap
 from ..growth.operations import Operation
 from ..growth.state import States, check_finite, move_states, read_map, rewritten
+from ..growth.tokenise import build
 from .checkpoint import OnProgress, empty_model, read_config, save_checkpoint
 from .files import check_target
 from .lineage import Lineage
@@ -95,6 +96,11 @@ def open_checkpoint(path: str | Path) -> Stored:
     What only reading all of it can show is raised when `lineage` is asked for, and before `rewrite` leaves anything.
     """
     config = read_config(path)
+    if getattr(config, "token_sites", None):
+        raise CheckpointError(
+            f"checkpoint {path} has token groups at linear maps, for which this is not done file by file; what can be "
+            "done is done in memory: tokenformer.load, change the model, tokenformer.save"
+        )
     headers = read_headers(path)
     files = {name: (header.file, name) for name, header in headers.items()}
     verifying = ThreadPoolExecutor(max_workers=1)
@@ -131,7 +137,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def without_weights(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Return a model of a configuration on the meta device."""
     with torch.device("meta"):
-        return auto_class(config).from_config(config, dtype=dtype)
+        return build(config, dtype=dtype)
 
 
 def rewrite(

@@ -1,6 +1,7 @@
 """What the commands do with tokens beside linear maps, which are kept as add-ons."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,13 @@ def grow_beside(
     force: bool,
     alone: bool,
 ) -> None:
-    """Write the add-on that `tokenformer grow --at` asks for; `alone`: no other growth was asked for."""
+    """Write what `tokenformer grow --at` asks for; `alone`: no other growth was asked for.
+
+    That is an add-on; of a checkpoint that has token groups at linear maps already, a checkpoint.
+    """
     from ..checkpoints.beside import load_any, split_beside
     from ..checkpoints.files import check_target
+    from ..checkpoints.whole import has_sites
     from ..errors import GrowthError
     from ..growth.beside import names_beside
     from ..growth.grow import grow
@@ -36,11 +41,29 @@ def grow_beside(
             '--at "q_proj|v_proj" --tokens 64'
         )
     check_target(output, force=force)
+    where = dict(_tokens_at(pattern, tokens) for pattern in at)
+    if has_sites(checkpoint):
+        rewrite_whole(checkpoint, output, partial(grow, at=where, name=name), force=force, seed=seed)
+        return
     model, _ = load_any(checkpoint)
-    grow(model, at=dict(_tokens_at(pattern, tokens) for pattern in at), name=name, seed=seed)
+    grow(model, at=where, name=name, seed=seed)
     split_beside(model, names_beside(model)[-1], output, force=force)
     print_addon(make_console(), output)
     make_console().print(f"Written: {output}", markup=False, soft_wrap=True)
+
+
+def rewrite_whole(
+    checkpoint: Path, output: Path, change: "partial[Any]", *, force: bool, seed: int | None = None
+) -> None:
+    """Change a checkpoint that has token groups at linear maps, and show what it was and is."""
+    from ..checkpoints.whole import change_whole
+    from .tables import stage_row, stage_table
+
+    before = stage_row("before", checkpoint)
+    change_whole(checkpoint, output, change, force=force, seed=seed)
+    console = make_console()
+    console.print(stage_table([before, stage_row("after", output)]))
+    console.print(f"Written: {output}", markup=False, soft_wrap=True)
 
 
 def route_beside(model: Any, group: str, own: Any, other: Any, output: Path, *, per: str, force: bool) -> Any:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from .arguments import Checkpoint, Force, Model, Output, Parts, Text, check_checkpoint
-from .beside import grow_beside, route_beside
+from .beside import grow_beside, rewrite_whole, route_beside
 from .console import make_console
 
 if TYPE_CHECKING:
@@ -93,17 +94,17 @@ def grow(
 @groups.command()
 def freeze(checkpoint: Checkpoint, parts: Parts, output: Output, force: Force = False) -> None:
     """Mark parts of a checkpoint that training must not move."""
-    from ..growth.freeze import freeze_operation
+    from ..growth import freeze as verbs
 
-    _rewrite(checkpoint, output, lambda source: freeze_operation(source.config, parts), force=force)
+    _change(checkpoint, output, verbs.freeze, verbs.freeze_operation, force=force, names=parts)
 
 
 @groups.command()
 def unfreeze(checkpoint: Checkpoint, parts: Parts, output: Output, force: Force = False) -> None:
     """Let parts of a checkpoint train again."""
-    from ..growth.freeze import unfreeze_operation
+    from ..growth import freeze as verbs
 
-    _rewrite(checkpoint, output, lambda source: unfreeze_operation(source.config, parts), force=force)
+    _change(checkpoint, output, verbs.unfreeze, verbs.unfreeze_operation, force=force, names=parts)
 
 
 @groups.command()
@@ -114,9 +115,9 @@ def drop(
     force: Force = False,
 ) -> None:
     """Remove token groups. If the others were frozen meanwhile, exactly the earlier model is left."""
-    from ..growth.groups import drop_operation
+    from ..growth import groups as verbs
 
-    _rewrite(checkpoint, output, lambda source: drop_operation(source.config, names), force=force)
+    _change(checkpoint, output, verbs.drop, verbs.drop_operation, force=force, names=names)
 
 
 @groups.command()
@@ -128,10 +129,10 @@ def consolidate(
     force: Force = False,
 ) -> None:
     """Make one token group of several. The outputs stay the same to rounding, at the speed of one group."""
-    from ..growth.groups import consolidate_operation
+    from ..growth import groups as verbs
 
-    operation = lambda source: consolidate_operation(source.config, names or None, name=name)  # noqa: E731
-    _rewrite(checkpoint, output, operation, force=force)
+    arguments = {"names": names or None, "name": name}
+    _change(checkpoint, output, verbs.consolidate, verbs.consolidate_operation, force=force, **arguments)
 
 
 @groups.command()
@@ -358,6 +359,18 @@ def rewriting(console: "Console") -> Iterator[Callable[[int, int], None]]:
             raise typer.Exit(130) from None
 
 
+def _change(checkpoint: Path, output: Path, verb: Any, operation: Any, *, force: bool, **arguments: Any) -> None:
+    """Do `operation` to the files of a checkpoint, or where it has token groups at linear maps the verb in memory."""
+    from ..checkpoints.files import check_target
+    from ..checkpoints.whole import has_sites
+
+    check_target(output, force=force)
+    if has_sites(checkpoint):
+        rewrite_whole(checkpoint, output, partial(verb, **arguments), force=force)
+    else:
+        _rewrite(checkpoint, output, lambda source: operation(source.config, **arguments), force=force)
+
+
 def _rewrite(checkpoint: Path, output: Path, operation: Callable[[Any], Any], *, force: bool, **event: Any) -> None:
     """Do to the files of a checkpoint what `operation` says of it."""
     from ..checkpoints.files import check_target
@@ -396,7 +409,7 @@ def judged(checkpoint: Path) -> tuple[Any, Any, Callable[[str], Any]]:
     model, tokenizer, _ = load_checkpoint(checkpoint)
     tokenizer = need_tokenizer(checkpoint, model.config, tokenizer)
     model.to(torch.accelerator.current_accelerator() or "cpu")
-    length = min(model.config.max_position_embeddings, 512)
+    length = min(getattr(model.config, "max_position_embeddings", None) or 512, 512)
     return model, tokenizer, lambda source: text_blocks(source, tokenizer, block_length=length)
 
 

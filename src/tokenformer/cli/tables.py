@@ -82,7 +82,7 @@ def stage_row(label: str, folder: Path) -> StageRow:
     from ..checkpoints.beside import read_addon
     from ..checkpoints.checkpoint import read_config
     from ..checkpoints.verify import is_addon_folder, read_lineage
-    from ..growth.architectures import architecture_of
+    from ..growth.architectures import row_of
 
     last, sees = read_lineage(folder).last, False
     if is_addon_folder(folder):
@@ -92,7 +92,8 @@ def stage_row(label: str, folder: Path) -> StageRow:
     else:
         config = read_config(folder)
         groups, parameters = cost.group_tokens(config), cost.parameters(config)
-        sees = architecture_of(config).auto != "AutoModelForCausalLM"
+        row = row_of(config)
+        sees = row is not None and row.auto != "AutoModelForCausalLM"
     read = short(last.text_tokens_seen or last.images_seen)
     spent = read, scientific(last.training_flops), f"{amount(last.training_seconds)} s"
     cells = (
@@ -136,11 +137,11 @@ def lineage_table(lineage: Lineage) -> Table:
 
 def group_table(groups: Sequence[dict[str, Any]], rest: dict[str, Any]) -> Table:
     """Tabulate token groups as `inspect --json` lists them, and everything else: sizes, and bytes as stored."""
-    projections = list(groups[0]["counts"])
+    projections = list(dict.fromkeys(name for group in groups for name in group["counts"]))
 
     def counts(group: dict[str, Any]) -> Iterable[str]:
-        for found in group["counts"].values():
-            yield f"{found[0]}–{found[1]}" if found[0] < found[1] else str(found[1])
+        for low, high in (group["counts"].get(name, (0, 0)) for name in projections):
+            yield f"{low}–{high}" if low < high else str(high)
 
     rows = [
         (g["name"], ", ".join(g["notes"]), *counts(g), short(g["tokens"]), short(g["parameters"]), _megabytes(g))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .. import cost
 from ..errors import EvaluationError
+from ..growth.architectures import row_of
 from ..training.optimization import make_optimizer
 from ..training.recipe import TrainingSection
 from .recipe import Unit
@@ -22,22 +23,14 @@ _TIMED_STEPS = 10
 
 
 def counted_flops(model: PreTrainedModel, context: int) -> float:
-    """Count the FLOPs per text token of one forward and backward pass over `context` text tokens.
-
-    torch's counter watches the real modules, frozen ones included, with attention written out: its kernels on CPUs are
-    unknown to the counter, and fused ones compute scores twice, which is no work of the model's.
+    """Count the FLOPs per text token of one forward and backward pass over `context` text tokens, by torch's counter.
 
     Raises:
         EvaluationError: `cost.training_flops_of` says otherwise; one of the two is wrong, and no budget would be equal.
     """
-    attention = model.config._attn_implementation
-    ids = torch.zeros(1, context, dtype=torch.long, device=next(model.parameters()).device)
-    model.set_attn_implementation("eager")
-    with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    model.set_attn_implementation(attention)
-    model.zero_grad(set_to_none=True)
-    counted = counter.get_total_flops() / context
+    counted = cost.counted_flops(model, context)
+    if row_of(model.config) is None:
+        return counted  # cost has no other way to know
     stated = cost.training_flops_of(model, context)
     if abs(counted - stated) > TOLERANCE * stated:
         raise EvaluationError(

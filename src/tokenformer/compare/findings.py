@@ -197,7 +197,7 @@ class Findings:
                 Ground(
                     self.text_per_parameter(arm, budget),
                     self.searches[arm],
-                    drowned(self.initial[arm]["blocks"]) if arm in self.initial else None,
+                    drowned(blocks) if (blocks := self.initial.get(arm, {}).get("blocks")) else None,
                 )
                 for arm in self.ranking(budget)
             ]

@@ -23,6 +23,7 @@ from ..training.optimization import grow_with_states, states_by_group
 Grown = tuple[PreTrainedModel, OptimizerState]
 
 _TOKENS = ("qkv_param_tokens", "output_param_tokens", "ffn_param_tokens")
+_SITES = {"at", "tokens"}  # of linear maps, which any model has
 _TOKENFORMER, _BOTH = ("tokenformer",), ("tokenformer", "gpt_neox")
 # What shrink_pad_perturb multiplies old weights by, unless told otherwise.
 _SHRINK = 0.4
@@ -68,7 +69,7 @@ def grow_by(model: PreTrainedModel, states: OptimizerState, method: str, *, seed
     if method not in METHODS:
         raise GrowthError(f"there is no growth method {method!r}; there are {', '.join(METHODS)}")
     row, kind = METHODS[method], model.config.model_type
-    if kind not in row.model_types:
+    if kind not in row.model_types and not amounts.keys() & _SITES:
         raise GrowthError(f"growth method {method!r} grows {' and '.join(row.model_types)} models; this is a {kind!r}")
     asked = {name: amount for name, amount in amounts.items() if amount is not None}
     if not asked or not asked.keys() <= set(row.amounts):
@@ -248,7 +249,7 @@ def _fresh(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 METHODS: dict[str, Method] = {
-    "exact": Method(_exact, (*_TOKENS, "num_hidden_layers", "num_loops", "norm"), _BOTH),
+    "exact": Method(_exact, (*_TOKENS, "num_hidden_layers", "num_loops", "norm", *sorted(_SITES)), _BOTH),
     "random_keys": Method(partial(_departing, random_keys=True, recomputed_tau=False), _TOKENS, _TOKENFORMER),
     "recomputed_tau": Method(partial(_departing, random_keys=False, recomputed_tau=True), _TOKENS, _TOKENFORMER),
     "published": Method(partial(_departing, random_keys=True, recomputed_tau=True), _TOKENS, _TOKENFORMER),

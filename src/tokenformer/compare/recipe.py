@@ -14,7 +14,7 @@ from ..data.section import DataSection, TextSection, texts_in
 from ..errors import RecipeError
 from ..growth.grow import Amount
 from ..sections import Section, parse_sections, read_yaml
-from ..training.model import ModelSection
+from ..training.model import ModelSection, SitesSection
 from ..training.recipe import TrainingSection, check_length
 from .methods import METHODS
 
@@ -45,6 +45,8 @@ class ArmStage(Section):
     """Blocks to reach."""
     num_loops: Amount | None = None
     """Times to reach that the blocks run; what grows with it takes part in the new loops alone."""
+    grow: SitesSection | None = None
+    """Parameter tokens to add beside linear maps of any model, or to those that were tokenised."""
     factor: int | None = Field(None, gt=1)
     """What hyperclone multiplies the width by."""
     shrink: float | None = Field(None, ge=0, le=1)
@@ -80,7 +82,8 @@ class ArmStage(Section):
     @property
     def amounts(self) -> dict[str, Any]:
         """What the method is asked for."""
-        return self.model_dump(exclude={"at", "method", "frozen", *_READS, *_RATES}, exclude_none=True)
+        asked = self.model_dump(exclude={"at", "method", "frozen", "grow", *_READS, *_RATES}, exclude_none=True)
+        return asked | (self.grow.model_dump() if self.grow else {})
 
     @property
     def grows(self) -> bool:

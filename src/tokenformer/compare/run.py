@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import multiprocessing
-from transformers import AutoModelForCausalLM
 
 from .. import cost
 from ..checkpoints.disk import disk_errors
 from ..data.text import HeldOut, TextData, prepare
 from ..errors import DataError, GrowthError, RecipeError, TokenformerError
+from ..growth.beside import grow_beside
 from ..growth.freeze import freeze_only
+from ..growth.tokenise import build
 from ..quiet import quietly
 from ..training.difficulty import difficulty
 from ..training.partial import unfinished
@@ -163,10 +164,12 @@ def rehearse(recipe: CompareRecipe, text: Text) -> None:
         context = recipe.training.sequence_length
         config = first_config(arm.model, text.report, context=context, where=f"arms.{name}.model")
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = build(config)
             for i, stage in enumerate(arm.stages):
                 try:
-                    if stage.grows:
+                    if stage.grow is not None and stage.method == "exact":
+                        grow_beside(model, stage.grow.at, stage.grow.tokens, name=None, seed=0)
+                    elif stage.grows:
                         model, _ = grow_by(model, {}, stage.method, seed=0, **stage.amounts)
                     freeze_only(model, stage.frozen)
                 except GrowthError as error:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..growth.architectures import architecture_of
+from ..growth.architectures import row_of
 from .results import Line
 
 # Times the root mean square of the residual stream from which on what a block adds to it drowns it. As transformers
@@ -30,16 +30,17 @@ def initial_scales(model: PreTrainedModel, ids: Tensor) -> list[dict[str, float]
     """Measure each block of a model on some text.
 
     Args:
-        model: of any architecture in the table, at initialisation.
+        model: at initialisation.
         ids: int64 `[B, T]`.
 
     Returns:
         For each block the root mean square over all numbers of the residual `stream` that enters it (in the first block
-        that is the embedding), and of what its `attention` and its `feed_forward` add to it; where blocks are looped,
-        the first time.
+        that is the embedding), and of what its `attention`, or what mixes text tokens in its place, and its
+        `feed_forward`, where it has one, add to it; where blocks are looped, the first time. None of a model that is
+        not in the table and has no blocks.
     """
-    row = architecture_of(model.config)
-    blocks = row.blocks_of(model)
+    row = row_of(model.config)
+    blocks = _blocks(model) if row is None else row.blocks_of(model)
     found: list[dict[str, float]] = [{} for _ in blocks]
     hooks = []
     for block, scales in zip(blocks, found, strict=True):
@@ -48,12 +49,13 @@ def initial_scales(model: PreTrainedModel, ids: Tensor) -> list[dict[str, float]
             scales.setdefault("stream", _size(arguments[0] if arguments else named["hidden_states"]))
 
         hooks.append(block.register_forward_pre_hook(enters, with_kwargs=True))
-        for part, name in zip(PARTS, row.adds or row.last, strict=True):
+        names = _parts(block) if row is None else row.adds or row.last
+        for part, name in zip(PARTS, names, strict=row is not None):
 
             def leaves(
-                module: nn.Module, arguments: Any, output: Tensor, scales: dict[str, float] = scales, part: str = part
+                module: nn.Module, arguments: Any, output: Any, scales: dict[str, float] = scales, part: str = part
             ) -> None:
-                scales.setdefault(part, _size(output))
+                scales.setdefault(part, _size(output[0] if isinstance(output, tuple) else output))
 
             hooks.append(block.get_submodule(name).register_forward_hook(leaves))
     try:
@@ -62,7 +64,20 @@ def initial_scales(model: PreTrainedModel, ids: Tensor) -> list[dict[str, float]
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return [dict.fromkeys(PARTS, 0.0) | scales for scales in found]
+
+
+def _blocks(model: PreTrainedModel) -> Sequence[nn.Module]:
+    """Return the blocks of a model that is not in the table: its first list of as many modules as it has layers."""
+    depth = getattr(model.config, "num_hidden_layers", None)
+    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    return list(lists[0]) if lists else []
+
+
+def _parts(block: nn.Module) -> list[str]:
+    """Return the names of what adds to the stream in a block that is not in the table: what holds maps in it."""
+    held = [name for name, child in block.named_children() if any(p.dim() >= 2 for p in child.parameters())]
+    return held if len(held) < 2 else [held[0], held[-1]]
 
 
 def drowned(blocks: Sequence[Line]) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .. import cost
 from ..batches import batches
@@ -22,8 +22,10 @@ from ..checkpoints.optimizer import OptimizerState, load_states
 from ..data.order import Reading
 from ..data.text import TextData
 from ..evaluation import Evaluation
+from ..growth.beside import has_row
 from ..growth.freeze import freeze_only
 from ..growth.neurons import group_neurons
+from ..growth.tokenise import build
 from ..training.log import Log, finite, read_log
 from ..training.recipe import TrainingSection
 from ..training.settings import StageSettings
@@ -108,8 +110,9 @@ def first_model(recipe: CompareRecipe, arm: str, text: Text) -> PreTrainedModel:
     """Make the model an arm begins with, of random weights."""
     model, where = recipe.arms[arm].model, f"arms.{arm}.model"
     config = first_config(model, text.report, context=recipe.training.sequence_length, where=where)
-    made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    group_neurons(made)
+    made = build(config, dtype=torch.float32)
+    if has_row(made):
+        group_neurons(made)
     return made
 
 

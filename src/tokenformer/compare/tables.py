@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from transformers import AutoConfig
 
 from .. import cost
+from ..growth.architectures import row_of
 from .accounting import Account, counted, owned, saving, scratch_twin
 from .findings import Contrast, Findings
 from .page import Bullets, Element, Folded, Heading, Paragraph, Picture, Table, scientific
@@ -132,15 +133,22 @@ def growths(findings: Findings) -> Iterator[Element]:
 def attention(findings: Findings) -> Iterator[Element]:
     """What attention between text tokens costs at longer contexts, for each arm's last model."""
     alike: dict[tuple[tuple[int, float, float], ...], list[str]] = {}
+    others: list[str] = []
     for arm in findings.arms:
         config = AutoConfig.for_model(**findings.runs(arm)[0]["config"])
+        if row_of(config) is None:
+            others.append(arm)
+            continue
         rest = cost.forward_flops(config, 0)
         costs = tuple((c, whole := cost.forward_flops(config, c), whole - rest) for c in _CONTEXTS)
         alike.setdefault(costs, []).append(arm)
+    if not alike:
+        return
     yield Heading("Attention between text tokens")
     yield Paragraph(
         "The forward FLOPs per text token that each arm's last model spends on attention between text tokens, and "
         "their share of all, by context length; computed from its configuration. Arms that cost the same share a row."
+        + (f" Left out, since how they mix text tokens is not known: {', '.join(others)}." if others else "")
     )
     yield Table(
         ["last model of", *(f"{context // 1024}k" for context in _CONTEXTS)],

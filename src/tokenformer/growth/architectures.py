@@ -194,12 +194,27 @@ _MOST_BLOCKS = 2_000
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
+def is_tokenised(config: Any) -> bool:
+    """Whether a configuration says that parameter tokens stand in place of some of the model's linear maps."""
+    return any(not site["linear"] for site in (getattr(config, "token_sites", None) or {}).values())
+
+
+def row_of(config: Any) -> Architecture | None:
+    """Return the row of a model's configuration; None where the table has none, or its maps are tokens instead."""
+    return None if is_tokenised(config) else ARCHITECTURES.get(getattr(config, "model_type", None) or "")
+
+
 def architecture_of(config: PreTrainedConfig) -> Architecture:
     """Return the row of a model's configuration.
 
     Raises:
         GrowthError: there is none.
     """
+    if is_tokenised(config):
+        raise GrowthError(
+            f"this {config.model_type!r} model has parameter tokens in place of linear maps: what can be done is done "
+            "to these, in memory (grow with at=…, drop, freeze, consolidate), not to neurons and blocks"
+        )
     if config.model_type not in ARCHITECTURES:
         experts = next((n for name in _EXPERTS if isinstance(n := getattr(config, name, None), int) and n > 1), None)
         if experts is not None:
@@ -215,26 +230,42 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     return ARCHITECTURES[config.model_type]
 
 
-def check_depth(row: Architecture, fields: Mapping[str, Any], *, most: int | None = None) -> None:
+def check_depth(row: Architecture | None, fields: Mapping[str, Any], *, most: int | None = None) -> None:
     """Raise ValueError for more blocks than anybody can mean: even an empty model of them would take for ever to make.
 
     Args:
-        row: of the model.
+        row: of the model, where the table has one.
         fields: of its configuration.
         most: tensors that there are for it.
     """
     most = _MOST_BLOCKS if most is None else min(most, _MOST_BLOCKS)
-    for name in {row.depth, "num_hidden_layers"}:
+    for name in {"num_hidden_layers", row.depth if row else "num_blocks"}:
         depth = fields.get(name)
         if isinstance(depth, int | float) and not depth <= most:
             raise ValueError(f"{name} is {depth}, and here there can be at most {most:,} blocks")
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """Return the Auto class of transformers that makes the whole model of a configuration, with its head."""
+    """Return the Auto class of transformers that makes the whole model of a configuration, with its head.
+
+    Raises:
+        GrowthError: the model is not in the table, and transformers has no causal language model of its kind.
+    """
     import transformers
 
-    return getattr(transformers, architecture_of(config).auto)
+    row = ARCHITECTURES.get(config.model_type)
+    if row is None and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise GrowthError(f"transformers has no causal language model of the kind {config.model_type!r}")
+    return getattr(transformers, row.auto if row else "AutoModelForCausalLM")
+
+
+def site_groups(config: Any) -> dict[str, int]:
+    """Return the parameter tokens of each token group that a configuration lists by linear maps, over all of them."""
+    found: dict[str, int] = {}
+    for site in (getattr(config, "token_sites", None) or {}).values():
+        for name, group in site["groups"].items():
+            found[name] = found.get(name, 0) + group["tokens"]
+    return found
 
 
 def token_groups(config: PreTrainedConfig) -> list[GroupEntry]:

@@ -15,12 +15,23 @@ from torch import Tensor, nn
 
 from ..errors import GrowthError
 from ..models.pattention import Pattention
-from ..models.token_group import check_group, default_tau
+from ..models.token_group import TokenGroup, check_group, default_tau
 from ..units import counted
-from .architectures import ARCHITECTURES, group_names
+from .architectures import group_names, row_of
 from .mlps import Neurons, add_neurons, fits
 from .sequence import Follower, SequenceGate, add_sequence_gate, drop_sequence_gates, sequence_gates
-from .sites import CHILD, check_whole, clear_site, factory_of, find_sites, make_site, sites, sizes_of
+from .sites import (
+    CHILD,
+    AbsentMap,
+    check_whole,
+    clear_site,
+    factory_of,
+    find_sites,
+    make_site,
+    sites,
+    sizes_of,
+)
+from .tokenise import note_sites, value_std_beside
 
 
 def names_beside(model: nn.Module) -> list[str]:
@@ -30,7 +41,7 @@ def names_beside(model: nn.Module) -> list[str]:
 
 def has_row(model: nn.Module) -> bool:
     """Whether the table of architectures says where this model keeps parameter tokens of its own."""
-    return getattr(getattr(model, "config", None), "model_type", None) in ARCHITECTURES
+    return row_of(getattr(model, "config", None)) is not None
 
 
 def all_group_names(model: nn.Module) -> list[str]:
@@ -57,7 +68,12 @@ def check_new_beside(model: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def grow_beside(
-    model: nn.Module, at: str | Mapping[str, int | None], tokens: int | None, *, name: str | None, seed: int
+    model: nn.Module,
+    at: str | Mapping[str, int | None],
+    tokens: int | None,
+    *,
+    name: str | None,
+    seed: int,
 ) -> None:
     """Do what `grow(model, at=…)` does; errors as there. New tokens are drawn from `seed` and their own place alone.
 
@@ -71,8 +87,12 @@ def grow_beside(
         factory = factory_of(modules[site], model)
         layer = make_site(modules[site], **factory)
         place = hashlib.blake2b(f"{seed} {site} {name}".encode(), digest_size=7).digest()
+        if layer.groups and layer.token_group_norm == "joint":
+            layer.stds["value_std"] = value_std_beside(layer)
         layer.add_group(name, count, torch.Generator().manual_seed(int.from_bytes(place)), **factory)
-        layer.groups[name].tau = default_tau(count, layer.norm_activation_type)  # type: ignore[assignment]
+        if layer.token_group_norm == "per_group":
+            layer.groups[name].tau = default_tau(count, layer.norm_activation_type)  # type: ignore[assignment]
+    note_sites(model)
 
 
 def parameters_beside(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -84,14 +104,19 @@ def parameters_beside(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return found
 
 
-def tokens_beside(model: nn.Module) -> dict[str, int]:
-    """Return the number of parameter tokens of each token group beside linear maps, over all of them."""
-    return {name: sum(found.count for found in take_tokens(model, name).values()) for name in names_beside(model)}
-
-
 def drop_beside(model: nn.Module, names: Collection[str]) -> None:
-    """Remove token groups beside linear maps; a map that has none left is what it was before the first."""
+    """Remove token groups beside linear maps; a map that has none left is what it was before the first.
+
+    Raises:
+        GrowthError: nothing would be left of a map that is tokens alone. The model is then untouched.
+    """
     modules = dict(model.named_modules())
+    for site, layer in sites(model).items():
+        if isinstance(modules[site], AbsentMap) and not set(layer.groups) - set(names):
+            raise GrowthError(
+                f"nothing would be left of {site}, which is made of the token groups {', '.join(layer.groups)}; keep "
+                "at least one"
+            )
     for site, layer in sites(model).items():
         for name in [name for name in layer.groups if name in names]:
             del layer.groups[name]
@@ -100,6 +125,59 @@ def drop_beside(model: nn.Module, names: Collection[str]) -> None:
         if not layer.groups:
             clear_site(modules[site])
     drop_sequence_gates(model, list(names))
+    note_sites(model)
+
+
+@torch.no_grad()
+def consolidate_beside(model: nn.Module, names: Iterable[str] | None, *, name: str | None) -> None:
+    """Do what `consolidate` does for the groups of a tokenised model; errors as there."""
+    there = names_beside(model)
+    wanted = there if names is None else [each for each in there if each in set(names)]
+    unknown = [each for each in names or () if each not in there]
+    if unknown or len(wanted) < 2:
+        asked = ", ".join(there if names is None else names)
+        raise GrowthError(
+            f"consolidating takes at least two token groups; asked for {asked}, and there are {', '.join(there)}"
+        )
+    new = wanted[0] if name is None else name
+    if new not in wanted:
+        check_new_beside(model, new)
+    for site, layer in sites(model).items():
+        inside = [each for each in layer.groups if each in wanted]
+        if len(inside) > 1 and layer.token_group_norm == "per_group":
+            raise GrowthError(
+                f"each token group beside {site} has a norm of its own; one group would have one norm and other outputs"
+            )
+        routed = [each for each in inside if each in layer.gates]
+        if routed:
+            raise GrowthError(
+                f"token group {', '.join(routed)} is routed: for some text it takes part and for some not, which one "
+                "group cannot do; consolidate the others, or drop it"
+            )
+        if len({layer.groups[each].keys.weight.requires_grad for each in inside}) > 1:  # type: ignore[union-attr]
+            raise GrowthError(
+                f"some of {', '.join(inside)} are frozen and some are not; one group can only be one of them: freeze "
+                "the others as well, or unfreeze them"
+            )
+    for layer in sites(model).values():
+        _unite(layer, [each for each in layer.groups if each in wanted], new)
+    note_sites(model)
+
+
+def _unite(layer: Pattention, names: list[str], new: str) -> None:
+    """Make one token group, where the first of them stands, of several of a layer."""
+    if not names:
+        return
+    parts: list[Any] = [layer.groups[name] for name in names]
+    whole = parts[0]
+    if len(parts) > 1:
+        keys, values = torch.cat([p.keys.weight for p in parts]), torch.cat([p.values.weight for p in parts], dim=1)
+        whole = TokenGroup(layer.in_features, layer.out_features, len(keys), **layer.stds, device="meta")
+        trains = parts[0].keys.weight.requires_grad
+        whole.keys.weight, whole.values.weight = (nn.Parameter(t, requires_grad=trains) for t in (keys, values))
+        whole.train(layer.training)
+    kept = [(name, group) for name, group in layer.groups.items() if name == names[0] or name not in names]
+    layer.groups = nn.ModuleDict({new if n == names[0] else n: whole if n == names[0] else g for n, g in kept})
 
 
 @dataclass(frozen=True)
@@ -135,6 +213,11 @@ def take_tokens(model: nn.Module, name: str) -> dict[str, SiteTokens]:
             group: Any = layer.groups[name]
             gate: Any = dict(layer.gates.items()).get(name)
             own = None if gate is None or isinstance(gate, Follower) else (gate.weight, gate.bias)
+            if layer.token_group_norm == "joint":
+                raise GrowthError(
+                    f"{site} is made of token groups that share a norm, so that {name!r} does nothing of its own "
+                    "there; keep the whole model: tokenformer.save"
+                )
             tau = None if isinstance(layer, Neurons) else group.tau
             found[site] = SiteTokens(tau, dict(group.named_parameters()), own)
     if not found:
@@ -166,6 +249,7 @@ def put_tokens(
         _put(places[site], name, found, factory_of(places[site], model))
     if sequence_gate is not None:
         add_sequence_gate(model, name, sequence_gate.weight, sequence_gate.bias)
+    note_sites(model)
 
 
 def _check_place(model: nn.Module, module: nn.Module | None, site: str, name: str, found: SiteTokens) -> None:
@@ -177,6 +261,11 @@ def _check_place(model: nn.Module, module: nn.Module | None, site: str, name: st
                 f"{type(model).__name__} has no such MLP there: it is another model"
             )
         return
+    if isinstance(module, AbsentMap):
+        raise GrowthError(
+            f"token group {name!r} has a norm of its own, and those that make up {site} share one: they are of another "
+            "kind of model"
+        )
     wanted = (found.tensors["keys.weight"].shape[1], found.tensors["values.weight"].shape[0])
     sizes = None if module is None else sizes_of(module)
     if sizes != wanted:

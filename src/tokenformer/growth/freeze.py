@@ -11,8 +11,16 @@ from transformers import PreTrainedConfig
 
 from ..errors import GrowthError
 from ..models.names import BASE_GROUP
-from .architectures import architecture_of, frozen_names, group_names, token_groups, with_groups
-from .beside import has_row, names_beside, parameters_beside
+from .architectures import (
+    architecture_of,
+    frozen_names,
+    group_names,
+    row_of,
+    site_groups,
+    token_groups,
+    with_groups,
+)
+from .beside import has_row, parameters_beside
 from .neurons import group_neurons
 from .operations import Operation, unchanged
 
@@ -29,8 +37,8 @@ def freeze(model: nn.Module, names: Iterable[str] = (), *, all_but: Iterable[str
         model: TokenFormer, an ordinary transformer of an architecture in the table, or any model with token groups
             beside its linear maps.
         names: token groups (with what came with them), "embedding" (with the output head), "final_norm", or
-            "linear_maps": all else in the blocks. Of a model that is not in the table: "base", all that is no token
-            group.
+            "linear_maps": all else in the blocks. Of a model that is not in the table, or is tokenised: "base", all
+            that is no token group, or is of the one of that name.
         all_but: freeze every part but these, and let these train.
 
     Raises:
@@ -44,16 +52,14 @@ def freeze(model: nn.Module, names: Iterable[str] = (), *, all_but: Iterable[str
         unfreeze(model, kept)
         names = [name for name in trainable_parts(model) if name not in kept]
     _set(model, names, trains=False)
-    if has_row(model):
-        _mark(model.config, more=_told(model, names))
+    _mark_model(model, more=names)
 
 
 def unfreeze(model: nn.Module, names: Iterable[str] | None = None) -> None:
     """Let these parts train again, by default all; names and errors as for `freeze`."""
     names = list(trainable_parts(model) if names is None else names)
     _set(model, names, trains=True)
-    if has_row(model):
-        _mark(model.config, less=_told(model, names))
+    _mark_model(model, less=names)
 
 
 def freeze_only(model: nn.Module, names: Iterable[str]) -> None:
@@ -74,7 +80,8 @@ def trainable_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     beside = parameters_beside(model)
     own = _own_parts(model) if has_row(model) else {BASE_GROUP: list(model.parameters())}
     new = {id(p) for parameters in beside.values() for p in parameters}
-    return {**{name: [p for p in parameters if id(p) not in new] for name, parameters in own.items()}, **beside}
+    parts = {name: [p for p in parameters if id(p) not in new] for name, parameters in own.items()}
+    return parts | {name: [*parts.get(name, []), *parameters] for name, parameters in beside.items()}
 
 
 def _own_parts(model: Any) -> dict[str, list[nn.Parameter]]:
@@ -105,9 +112,12 @@ def unfreeze_operation(config: PreTrainedConfig, names: Iterable[str]) -> Operat
     return _marking(config, "unfreeze", less=list(names))
 
 
-def _told(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return what of `names` the configuration knows; what is beside linear maps is not its own."""
-    return [name for name in names if name not in names_beside(model)]
+def _mark_model(model: nn.Module, *, more: Iterable[str] = (), less: Iterable[str] = ()) -> None:
+    """Let a model's configuration, where it has one, say what of its parts is frozen."""
+    config: Any = getattr(model, "config", None)
+    if isinstance(config, PreTrainedConfig):
+        known = _known(config)
+        _mark(config, more=[name for name in more if name in known], less=[name for name in less if name in known])
 
 
 def _set(model: nn.Module, names: Iterable[str], *, trains: bool) -> None:
@@ -119,7 +129,8 @@ def _set(model: nn.Module, names: Iterable[str], *, trains: bool) -> None:
 
 
 def _known(config: PreTrainedConfig) -> list[str]:
-    return [*group_names(config), EMBEDDING, FINAL_NORM, LINEAR_MAPS]
+    own = [BASE_GROUP] if row_of(config) is None else [*group_names(config), EMBEDDING, FINAL_NORM, LINEAR_MAPS]
+    return list(dict.fromkeys([*own, *site_groups(config)]))
 
 
 def _check(names: Iterable[str], known: Collection[str]) -> None:

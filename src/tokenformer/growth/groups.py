@@ -28,7 +28,7 @@ from .architectures import (
     token_groups,
     with_groups,
 )
-from .beside import all_group_names, drop_beside, merge_beside, names_beside
+from .beside import all_group_names, consolidate_beside, drop_beside, has_row, merge_beside, names_beside
 from .layout import TokenMap
 from .neurons import group_neurons
 from .operations import Operation, apply, check_plain, unchanged
@@ -87,7 +87,7 @@ def consolidate(model: PreTrainedModel, names: Iterable[str] | None = None, *, n
     """Make one token group of several, by default of all: the same function to rounding, at the speed of one.
 
     Args:
-        model: to change in place.
+        model: to change in place; one that is tokenised may be any model.
         names: the groups.
         name: of the one; default that of the first.
 
@@ -95,6 +95,9 @@ def consolidate(model: PreTrainedModel, names: Iterable[str] | None = None, *, n
         GrowthError: an unknown group, fewer than two, groups that are routed, ternary or normalised each by itself
             (one group could not do what they do), or that came with blocks or loops. The model is then untouched.
     """
+    if names_beside(model) and not has_row(model):
+        consolidate_beside(model, names, name=name)
+        return
     operation = consolidate_operation(model.config, names, name=name)
     check_plain(model, operation.arguments["groups"])
     apply(model, operation)
@@ -342,7 +345,7 @@ def merge_operation(
 
 def _check_alike(config: PreTrainedConfig, other: PreTrainedConfig) -> None:
     """Compare what must be the same in two children of one parent."""
-    ignored = {"token_groups", "token_group_norm", "frozen", "use_cache"}
+    ignored = {"token_groups", "token_group_norm", "token_sites", "frozen", "use_cache"}
     ignored |= {"dtype", "architectures", "transformers_version", "_name_or_path"}  # files have them, models need not
     ignored |= {field for p, field in architecture_of(config).counts.items()} | {
         f"{p}_tau" for p in architecture_of(config).counts

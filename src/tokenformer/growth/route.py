@@ -27,6 +27,7 @@ from .mlps import add_neurons
 from .operations import Operation, apply, check_plain, read_groups, unchanged
 from .sequence import READS, add_sequence_gate, drop_sequence_gates, mean_embeddings
 from .sites import sites
+from .tokenise import note_sites
 
 # Rows a gate is fitted on, of each kind of text: logistic regression in a few hundred dimensions needs no more.
 _ROWS = 16384
@@ -91,10 +92,17 @@ def route(
     if name in names_beside(model):
         drop_sequence_gates(model, [name])
         layers = {site: layer for site, layer in sites(model).items() if name in layer.groups}
+        alone = [site for site, layer in layers.items() if layer.token_group_norm == "joint" and len(layer.groups) == 1]
+        if alone:
+            raise GrowthError(
+                f"token group {name!r} is all that there is in {alone[0]}: closed, it would leave nothing; route a "
+                "group that was added to it"
+            )
         gates, routing = _fit(model, layers, name, own, other, batch_size)
         for site, layer in layers.items():
             layer.add_gate(name)
             set_gate(layer, name, *gates[site])
+        note_sites(model)
         return routing
     operation, routing = route_operation(model, name, own, other, batch_size=batch_size)
     apply(model, operation)

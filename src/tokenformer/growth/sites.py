@@ -5,13 +5,16 @@ They are a `Pattention` without a linear map of its own, `L.param_tokens`, whose
 the map stays the object that it was, under its name, whatever it is or becomes (int8, wrapped by LoRA), and its tensors
 keep their names in the state dict. Every group has a norm and a τ of its own: with values of zero it adds exact zeros,
 and what it learns does not depend on which groups there are beside it.
+
+Where a model is tokenised, an `AbsentMap` stands at the site, y = b + Σ_g tokens_g(x), and its groups share one norm
+and one τ as a TokenFormer's do: with keys of zero a new one adds exact zeros.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,10 +24,38 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import GrowthError
+from ..models.names import BESIDE as CHILD
 from ..models.pattention import Pattention
 
-CHILD = "param_tokens"
 ALL_LINEAR = "all-linear"
+
+
+class AbsentMap(nn.Module):
+    """What stands for a linear map `[*, D] → [*, E]` that only token groups make up: its sizes, and its bias `[E]`.
+
+    Args:
+        linear: the map; its bias stays the parameter that it is.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        sizes = sizes_of(linear)
+        assert sizes is not None
+        self.in_features, self.out_features = sizes
+        self.register_parameter("bias", linear._parameters.get("bias"))
+        # For code that asks a map for the type of its weight before it calls it, as T5's does.
+        empty = next(linear.parameters()).new_empty(0, self.in_features)
+        self.register_buffer("weight", empty, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """Return the bias; the site's hook adds what its tokens give."""
+        return self.bias
+
+    def extra_repr(self) -> str:
+        """Show the sizes."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 def sites(model: nn.Module) -> dict[str, Pattention]:
@@ -44,7 +75,8 @@ def make_site(linear: nn.Module, *, device: torch.device, dtype: torch.dtype) ->
         return found
     sizes = sizes_of(linear)
     assert sizes is not None
-    layer = Pattention(*sizes, {}, linear=False, token_group_norm="per_group", device=device, dtype=dtype)
+    norm = "joint" if isinstance(linear, AbsentMap) else "per_group"
+    layer = Pattention(*sizes, {}, linear=False, token_group_norm=norm, device=device, dtype=dtype)
     place_tokens(linear, layer.train(linear.training))
     return layer
 
@@ -69,14 +101,16 @@ def place_tokens(linear: nn.Module, layer: Pattention) -> None:
     linear.register_forward_hook(_add_tokens, with_kwargs=True)
 
 
-def _add_tokens(linear: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> Tensor:
+def _add_tokens(
+    linear: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor | None
+) -> Tensor:
     """Forward hook of a site: add what its token groups give."""
     x = arguments[0] if arguments else next(iter(keywords.values()))
     layer: Any = linear._modules[CHILD]
     dtype = next(layer.parameters()).dtype
     if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):  # a quantised map reads what it likes
         x = x.to(dtype)
-    return output + layer(x).to(output.dtype)
+    return layer(x) if output is None else output + layer(x).to(output.dtype)
 
 
 def sizes_of(module: nn.Module) -> tuple[int, int] | None:
@@ -119,8 +153,19 @@ def linear_maps(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in found.items() if first[id(module)] == name}
 
 
-def find_sites(model: nn.Module, at: str | Mapping[str, int | None], tokens: int | None) -> dict[str, int]:
+def find_sites(
+    model: nn.Module,
+    at: str | Mapping[str, int | None],
+    tokens: int | None,
+    *,
+    default: Callable[[nn.Module], int] | None = None,
+) -> dict[str, int]:
     """Return the parameter tokens that each linear map asked for gets.
+
+    Args:
+        model: that has the maps.
+        at, tokens: as for `grow`.
+        default: how many a map gets where no number is given.
 
     Raises:
         GrowthError: as `grow`.
@@ -129,13 +174,15 @@ def find_sites(model: nn.Module, at: str | Mapping[str, int | None], tokens: int
     if isinstance(at, Mapping) and tokens is not None:
         raise GrowthError(f"at says how many tokens each map gets, {dict(at)}; leave out tokens={tokens}")
     maps, counts = linear_maps(model), dict[str, int]()
-    for pattern, count in asked.items():
-        if type(count) is not int or count < 1:
+    for pattern, given in asked.items():
+        if (type(given) is not int or given < 1) and (given is not None or default is None):
             raise GrowthError(
-                f"tokens is {count!r} for maps named {pattern!r}; say how many parameter tokens each gets, a whole "
+                f"tokens is {given!r} for maps named {pattern!r}; say how many parameter tokens each gets, a whole "
                 "number from 1 on, such as 64"
             )
         for name in _matches(model, maps, pattern):
+            count = default(maps[name]) if given is None and default is not None else given
+            assert count is not None
             if counts.setdefault(name, count) != count:
                 raise GrowthError(f"{name} matches two patterns, which ask for {counts[name]} and {count} tokens")
     tied = {name: other for name, other in _tied(model, maps).items() if name in counts}

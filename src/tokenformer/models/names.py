@@ -1,6 +1,8 @@
 """Names in a TokenFormer, told without torch, so that its files can be read without it."""
 
 BASE_GROUP = "base"
+# Of the module in a linear map that holds the token groups beside it.
+BESIDE = "param_tokens"
 # Which maps of a block each count in the configuration speaks about: "qkv" tokens go to each of the three.
 PROJECTIONS: dict[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

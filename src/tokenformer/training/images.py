@@ -131,9 +131,10 @@ def prepare_pictures(recipe: Recipe, run: Path, config: PreTrainedConfig | None)
     assert recipe.images is not None
     initial = recipe.model.checkpoint
     model: Any = config or _first_config(recipe, ["one", "another"])
-    if ARCHITECTURES[model.model_type].auto == "AutoModelForImageTextToText":
+    row = ARCHITECTURES.get(model.model_type)
+    if row is not None and row.auto == "AutoModelForImageTextToText":
         raise RecipeError(f'{initial} describes images in words; say in images.captions how: ["This is a {{label}}."]')
-    if ARCHITECTURES[model.model_type].auto != "AutoModelForImageClassification":
+    if row is None or row.auto != "AutoModelForImageClassification":
         raise RecipeError(
             f"{initial or 'model'}: a {model.model_type!r} model reads text, not images; give data in place of images, "
             'or an architecture that sees, such as "tokenformer_vision"'

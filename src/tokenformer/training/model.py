@@ -1,4 +1,4 @@
-"""The grammar of `model:` in recipes, comparisons and plans: any architecture in the table, with random weights."""
+"""The grammar of `model:` in recipes, comparisons and plans: any architecture of transformers, with random weights."""
 
 from __future__ import annotations
 
@@ -6,14 +6,28 @@ import dataclasses
 import difflib
 from typing import Any, Literal
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import ConfigDict, Field, model_validator
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .. import cost
+from ..errors import GrowthError
 from ..growth.architectures import ARCHITECTURES, check_depth
+from ..growth.tokenise import build, put_in_place
 from ..models.configuration_tokenformer import TokenformerConfig
 from ..sections import Section
+
+
+class SitesSection(Section):
+    """Linear maps of a model, and how many parameter tokens each gets."""
+
+    at: str | dict[str, int] = "all-linear"
+    """Which linear maps: a regular expression that matches the end of their names, such as "q_proj|v_proj";
+    "all-linear": all but the output head; or several of these with the number of tokens of each map."""
+    tokens: int | None = Field(None, gt=0)
+    """Parameter tokens of each of these maps. Default, in tokenise: as many as have the map's parameters."""
 
 
 class ModelSection(Section):
@@ -22,8 +36,10 @@ class ModelSection(Section):
     model_config = ConfigDict(extra="allow")
 
     architecture: str = "tokenformer"
-    """Kind of model, such as llama or gpt_neox; another than tokenformer takes the fields of its configuration in
-    transformers' names."""
+    """Kind of model, in transformers' word for it: llama, gpt_neox, xlstm, mamba2, any that is a causal language model;
+    another than tokenformer takes the fields of its configuration in transformers' names."""
+    tokenise: SitesSection | None = None
+    """Put parameter tokens in place of linear maps, as `tokenformer.tokenise` does: any architecture a TokenFormer."""
     preset: str | None = None
     """Sizes to start from, such as "1m-modern"; fields below override it. `tokenformer recipe` lists the presets."""
     hidden_size: int | None = Field(None, gt=0)
@@ -78,20 +94,36 @@ class ModelSection(Section):
         preset = kind.preset_sizes(self.preset) if self.preset else {}
         derived = {name: value for name, value in derived.items() if kind.attribute_map.get(name, name) not in given}
         try:
-            check_depth(ARCHITECTURES[self.architecture], given)
+            check_depth(ARCHITECTURES.get(self.architecture), given)
             config = kind(**{**preset, **derived, **given})
             cost.parameters(config)
         except (ValueError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
             raise ValueError(f"these sizes make no model: {error.__cause__ or error}") from error
-        return config
+        if self.tokenise is None:
+            return config
+        with torch.device("meta"):
+            model = build(config)
+        try:
+            put_in_place(model, self.tokenise.at, self.tokenise.tokens)
+        except GrowthError as error:
+            raise ValueError(f"tokenise: {error}") from error
+        return model.config
 
     @model_validator(mode="after")
     def _makes_sense(self) -> ModelSection:
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"there is no architecture {self.architecture!r}; there are {', '.join(ARCHITECTURES)}")
+        row = ARCHITECTURES.get(self.architecture)
+        if row is None and self.architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            near = difflib.get_close_matches(self.architecture, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=3)
+            raise ValueError(
+                f"there is no architecture {self.architecture!r}; there are {', '.join(ARCHITECTURES)}, and what else "
+                f"transformers has as a causal language model{', such as ' if near else ''}{', '.join(near)}"
+            )
+        if self.weights == "ternary" and (row is None or self.tokenise is not None):
+            where = "maps that are tokenised" if self.tokenise else f"the maps of a {self.architecture!r} model"
+            raise ValueError(f"weights is ternary, but {where} are float; take it out")
         kind: Any = CONFIG_MAPPING[self.architecture]
         if self.preset is not None:
-            if not ARCHITECTURES[self.architecture].has_pattention:
+            if row is None or not row.has_pattention:
                 raise ValueError(
                     f"presets are sizes of TokenFormers; take out preset or architecture {self.architecture!r}"
                 )

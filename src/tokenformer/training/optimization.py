@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checkpoints.optimizer import OptimizerState
-from ..growth.architectures import architecture_of
+from ..growth.architectures import architecture_of, row_of
+from ..growth.beside import has_row
 from ..growth.grow import grow
 from ..growth.neurons import group_neurons
 from ..models.names import BASE_GROUP
@@ -49,6 +50,8 @@ def cosine(peak: float, done: float, total: float) -> float:
 
 def states_by_group(model: PreTrainedModel, states: OptimizerState) -> OptimizerState:
     """Keep an ordinary model's neurons by token group from here on, and return `states` under their names there."""
+    if not has_row(model):
+        return states
     group_neurons(model)
     own = {name for name, _ in model.named_parameters()}
 
@@ -140,7 +143,13 @@ def make_optimizer(
 
 
 def _block_matrices(model: PreTrainedModel) -> set[torch.nn.Parameter]:
-    return {p for p in architecture_of(model.config).blocks_of(model).parameters() if p.dim() == 2}
+    """Return the matrices of the blocks: where these are not known, all but those of embeddings and of the head."""
+    row = row_of(model.config)
+    if row is not None:
+        return {p for p in row.blocks_of(model).parameters() if p.dim() == 2}
+    others = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) or m is model.get_output_embeddings()]
+    apart = {p for module in others for p in module.parameters()}
+    return {p for p in model.parameters() if p.dim() == 2 and p not in apart}
 
 
 def _rates(model: PreTrainedModel, t: TrainingSection) -> dict[torch.nn.Parameter, float]:

@@ -14,10 +14,11 @@ from ..checkpoints.checkpoint import read_config
 from ..checkpoints.files import check_target, replacing_folder
 from ..checkpoints.verify import is_addon_folder
 from ..errors import CheckpointError, GrowthError, RecipeError
-from ..growth.architectures import architecture_of, auto_class, frozen_names
+from ..growth.architectures import frozen_names, row_of
 from ..growth.beside import grow_beside, names_beside
 from ..growth.freeze import freeze_only, trainable_parts
 from ..growth.grow import grow
+from ..growth.tokenise import build
 from .captions import prepare_captions
 from .images import prepare_pictures
 from .material import Material
@@ -79,7 +80,8 @@ def prepare_run(recipe: Recipe, run: Path) -> Material:
     data.check(config, recipe)
     training_arguments(recipe.training, run, steps=1, seed=recipe.seed)
     with torch.device("meta"):
-        model = auto_class(config).from_config(config)
+        model = build(config)
+        addons = not names_beside(model)
         for i, stage in enumerate(recipe.stages):
             if stage.batch_size is not None:
                 try:
@@ -87,26 +89,27 @@ def prepare_run(recipe: Recipe, run: Path) -> Material:
                 except RecipeError as error:
                     raise RecipeError(f"stages.{i}: {error}") from error
             try:
-                _rehearse_growth(model, stage.growth)
+                _rehearse_growth(model, stage.growth, addons=addons)
             except GrowthError as error:
                 raise GrowthError(f"stages.{i}: {error}") from error
             try:
-                freeze_only(model, frozen_parts(stage.frozen, model))
+                freeze_only(model, frozen_parts(stage.frozen, model, addon=addons and bool(names_beside(model))))
             except GrowthError as error:
                 raise RecipeError(f"stages.{i}: {error}") from error
-            if stage.nested_dropout is not None and not architecture_of(model.config).has_pattention:
+            row = row_of(model.config)
+            if stage.nested_dropout is not None and (row is None or not row.has_pattention):
                 raise RecipeError(f"stages.{i}: nested_dropout takes prefixes of a TokenFormer's token groups only")
     return data
 
 
-def _rehearse_growth(model: PreTrainedModel, growth: dict[str, Any]) -> None:
-    """Grow a model on the meta device."""
+def _rehearse_growth(model: PreTrainedModel, growth: dict[str, Any], *, addons: bool) -> None:
+    """Grow a model on the meta device; `addons`: tokens beside its linear maps are kept without it."""
     if growth.get("at") is not None:
         sizes = ", ".join(growth.keys() - {"at", "tokens", "name"})
         if sizes:
             raise GrowthError(f"at puts tokens beside linear maps; grow {sizes} in a stage of its own")
         grow_beside(model, growth["at"], growth.get("tokens"), name=growth["name"], seed=0)
-    elif growth and names_beside(model):
+    elif growth and addons and names_beside(model):
         raise GrowthError(
             "a stage before has put tokens beside linear maps and is kept as an add-on, whose parent must not change: "
             "put more tokens beside the maps, or grow the model before that"
@@ -115,21 +118,21 @@ def _rehearse_growth(model: PreTrainedModel, growth: dict[str, Any]) -> None:
         grow(model, **growth)
 
 
-def frozen_parts(frozen: list[str] | None, model: PreTrainedModel) -> list[str]:
+def frozen_parts(frozen: list[str] | None, model: PreTrainedModel, *, addon: bool) -> list[str]:
     """Return what a stage freezes: what it says, or else what the checkpoint has frozen.
 
-    Where there are tokens beside linear maps, all but the newest group of them: the stage is kept as its add-on.
+    Of an `addon`, all but the newest group of tokens beside linear maps, which is kept alone.
 
     Raises:
         GrowthError: the stage says something there.
     """
     beside = names_beside(model)
-    if beside and frozen is not None:
+    if addon and frozen is not None:
         raise GrowthError(
             f"frozen is {', '.join(frozen) or 'nothing'}, but the stage is kept as an add-on, which holds token group "
             f"{beside[-1]!r} alone: all else is frozen; leave frozen out"
         )
-    if beside:
+    if addon:
         return [part for part in trainable_parts(model) if part != beside[-1]]
     return frozen if frozen is not None else frozen_names(model.config)
 

@@ -20,8 +20,9 @@ from ..checkpoints.lineage import Lineage
 from ..checkpoints.optimizer import OPTIMIZER_FILE, OptimizerState
 from ..checkpoints.temporary import clear_abandoned
 from ..checkpoints.verify import carry_files
+from ..checkpoints.whole import becomes_addon
 from ..data.stream import BlockStream
-from ..growth.beside import all_group_names, names_beside, tokens_beside
+from ..growth.beside import all_group_names
 from ..growth.freeze import freeze_only
 from .log import Log, finite
 from .material import Material
@@ -71,7 +72,8 @@ def run_stage(
             arguments={**settings.growth, "name": all_group_names(model)[-1]},
             seed=settings.weights_seed,
         )
-    freeze_only(model, frozen_parts(settings.frozen, model))
+    addon = becomes_addon(model, parent)
+    freeze_only(model, frozen_parts(settings.frozen, model, addon=addon))
     watcher = Watcher(
         settings,
         model,
@@ -127,10 +129,10 @@ def run_stage(
 
     def add_files(folder: Path) -> None:
         torch.save(states, folder / OPTIMIZER_FILE)
-        if parent is not None and not names_beside(model):  # what loads an add-on loads its parent
+        if parent is not None and not addon:  # what loads an add-on loads its parent
             carry_files(parent, folder)
 
-    if log.enabled and names_beside(model):
+    if log.enabled and addon:
         assert parent is not None
         save_stage(target, model.to("cpu"), lineage, parent=parent, extra=add_files)
     elif log.enabled:
@@ -159,7 +161,7 @@ def _grow(
     after = data.measure(model, settings.training).loss if measured else None
     return states, {
         "arguments": settings.growth,
-        "token_groups": {**cost.group_tokens(model.config), **tokens_beside(model)},
+        "token_groups": cost.group_tokens(model.config),
         "loss_before": finite(before),
         "loss_after": finite(after),
         "logits_equal": equal,

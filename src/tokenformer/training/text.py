@@ -89,9 +89,10 @@ class TextMaterial(Material):
                 f"the ids of tokenizer {recipe.data.tokenizer} go up to {vocabulary_size(self.processor) - 1}, and the "
                 f"embedding of {initial or 'the model'} has {config.vocab_size} rows: {remedy}"
             )
-        if config.model_type != "tokenformer" and length > config.max_position_embeddings:
+        longest = getattr(config, "max_position_embeddings", None) or length  # what is recurrent has no end
+        if config.model_type != "tokenformer" and length > longest:
             raise RecipeError(
-                f"training.sequence_length is {length}, more than the {config.max_position_embeddings} text tokens "
+                f"training.sequence_length is {length}, more than the {longest} text tokens "
                 f"that the model{f' in {initial}' if initial else ''} can read"
             )
 
@@ -206,9 +207,10 @@ def first_config(model: ModelSection, data: TextData, *, context: int, where: st
 
 
 def _check_reads_text(architecture: str, *, where: str) -> None:
-    if ARCHITECTURES[architecture].auto == "AutoModelForImageTextToText":
+    row = ARCHITECTURES.get(architecture)
+    if row is not None and row.auto == "AutoModelForImageTextToText":
         raise RecipeError(f"{where}: this model learns from images with captions; give images in place of data")
-    if ARCHITECTURES[architecture].auto != "AutoModelForCausalLM":
+    if row is not None and row.auto != "AutoModelForCausalLM":
         raise RecipeError(
             f"{where}: a {architecture!r} model reads images, not text; give images in place of data, or another model"
         )

@@ -21,7 +21,7 @@ from ..checkpoints.lineage import Lineage
 from ..checkpoints.lock import locked
 from ..checkpoints.optimizer import OptimizerState, load_states
 from ..errors import CheckpointError, DataError
-from ..growth.architectures import auto_class
+from ..growth.tokenise import build
 from ..quiet import without_bars
 from .log import Log, OnEvent, read_log
 from .material import Material
@@ -116,7 +116,7 @@ def _start(
     torch.manual_seed(seed)
     if previous is None:
         config = data.config(recipe)
-        return auto_class(config).from_config(config, dtype=torch.float32), {}, Lineage()
+        return build(config, dtype=torch.float32), {}, Lineage()
     model, _, lineage = load_checkpoint(previous, dtype=torch.float32)
     data.adapt(model.config, recipe)
     return model, load_states(previous), lineage
