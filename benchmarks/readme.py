@@ -245,10 +245,49 @@ def attending() -> str:
     return "\n".join([*rows, "", f"Seed by seed, attending changes the bits per byte by {each}."])
 
 
+# What docs/fast.md calls the figures and the arms of benchmarks/decode.py.
+DECODING = {
+    "bandwidth": "share of measured memory bandwidth, float32",
+    "int8": "int8 beside float32, text tokens a second",
+    "batch 8": "8 sequences beside one, text tokens a second",
+    "prompt": "prompt of 512 text tokens: share of the speed of a matrix product",
+    "llama.cpp": "SmolLM2-135M in int8 beside llama.cpp's Q8_0, text tokens a second",
+}
+ARMS = {
+    "eager": "PyTorch",
+    "float32": "OpenVINO",
+    "int8": "OpenVINO int8",
+    "genai": "GenAI",
+    "genai int8": "GenAI int8",
+    "llama.cpp": "llama.cpp",
+}
+
+
+def decoding() -> str:
+    """Return the newest figures of decoding for each model and number of threads, then text tokens a second."""
+    if not (RESULTS / "decode.jsonl").exists():
+        return "It has not been run yet on a machine that does nothing else."
+    newest = {(line["case"]["model"], line["case"]["threads"]): line for line in lines("decode")}
+    rows = ["| model | threads | figure | asked | reached (quartiles) | met |", "|---|--:|---|--:|--:|:-:|"]
+    speeds = [f"| text tokens a second | threads | {' | '.join(ARMS.values())} |", f"|---|--:|{'--:|' * len(ARMS)}"]
+    for (model, threads), line in newest.items():
+        for name, told in DECODING.items():
+            if name in line:
+                found = line[name]
+                reached = "{:.2f} ({:.2f}–{:.2f})".format(found["reached"], *found["quartiles"])
+                met = "yes" if found["met"] else "**no**"
+                rows.append(f"| {model} | {threads} | {told} | ≥ {found['asked']:.2f} | {reached} | {met} |")
+        seconds = [line["seconds"].get(arm) for arm in ARMS]
+        cells = ["–" if s is None else f"{line['new_text_tokens'] / s:.1f}" for s in seconds]
+        speeds.append(f"| {model} | {threads} | {' | '.join(cells)} |")
+    return "\n".join([*rows, "", *speeds])
+
+
 PAGES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (costs,),
     "docs/compare.md": (racing, comparisons, attending),
     "docs/ecosystem.md": (ecosystem, convert),
+    "docs/fast.md": (decoding,),
     "docs/results/knowledge.md": (merging, smollm2_results, continual_results, routing),
     "docs/results/speed.md": (demo, benchmarks, rewriting, preparing, installing),
 }

@@ -21,7 +21,7 @@ ORDER = [
     ["growth"],
     ["data", "cost", "law"],
     ["checkpoints", "evaluation", "explain"],
-    ["convert", "training"],
+    ["convert", "training", "serve"],
     ["compare", "plan", "advise"],
     ["cli", "__main__"],
 ]
@@ -107,6 +107,7 @@ def test_public_api_is_pinned():
         "ConversionError",
         "DataError",
         "EvaluationError",
+        "ExportedForCausalLM",
         "GrowthError",
         "HubError",
         "MissingExtraError",
@@ -130,6 +131,7 @@ def test_public_api_is_pinned():
         "consolidate",
         "drop",
         "evaluate",
+        "export",
         "freeze",
         "grow",
         "load",
@@ -248,6 +250,7 @@ def test_command_line_is_pinned():
         "route": ["--force", "--other", "--output", "--own", "--per", "-o", "CHECKPOINT", "GROUP"],
         "inspect": ["--json", "--picture", "--prompt", "--text", "CHECKPOINT"],
         "generate": ["--keep", "--max-new-tokens", "--seed", "--temperature", "--top-k", "CHECKPOINT", "PROMPT"],
+        "export": ["--force", "--output", "--text", "--to", "--weights", "-o", "CHECKPOINT"],
         "recipe": ["--explain"],
         "evaluate": [
             "--batch-size",

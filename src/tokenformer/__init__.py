@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from .models.modeling_tokenformer_vision import TokenformerForImageClassification, TokenformerVisionModel
     from .models.pattention import Pattention
     from .models.processing_tokenformer_multimodal import TokenformerProcessor
+    from .serve.export import export
+    from .serve.exported import ExportedForCausalLM
     from .training.train import train
 
     __version__: str
@@ -57,6 +59,7 @@ __all__ = [
     "ConversionError",
     "DataError",
     "EvaluationError",
+    "ExportedForCausalLM",
     "GrowthError",
     "HubError",
     "MissingExtraError",
@@ -80,6 +83,7 @@ __all__ = [
     "consolidate",
     "drop",
     "evaluate",
+    "export",
     "freeze",
     "grow",
     "load",
@@ -100,6 +104,7 @@ __all__ = [
 
 # Where a name is defined; errors are in errors.py under their own names.
 _HOMES = {
+    "ExportedForCausalLM": "serve.exported.ExportedForCausalLM",
     "PRESETS": "models.configuration_tokenformer.PRESETS",
     "Pattention": "models.pattention.Pattention",
     "TokenformerBlocksConfig": "models.configuration_blocks.TokenformerBlocksConfig",
@@ -117,6 +122,7 @@ _HOMES = {
     "consolidate": "growth.groups.consolidate",
     "drop": "growth.groups.drop",
     "evaluate": "evaluation.evaluate_text",
+    "export": "serve.export.export",
     "freeze": "growth.freeze.freeze",
     "grow": "growth.grow.grow",
     "load": "checkpoints.checkpoint.load_checkpoint",

@@ -51,13 +51,13 @@ def evaluate(
     """Predict every text token of `blocks` once.
 
     Args:
-        model: any transformers causal language model.
+        model: any transformers causal language model, or an exported one.
         blocks: text blocks `{"input_ids": [T]}` as `data.blocks.pack` makes them.
         num_bytes: UTF-8 bytes of the text the blocks were made from.
         batch_size: text blocks per forward pass.
         dtype: autocast to this type; default: compute in the weights' own.
     """
-    device = next(model.parameters()).device
+    device: Any = model.device
     was_training = model.training
     model.eval()
     total, count = 0.0, 0

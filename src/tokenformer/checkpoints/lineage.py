@@ -18,7 +18,7 @@ class Event(pydantic.BaseModel):
 
     operation: str
     """"train", "convert", or what was done to token groups: "grow", "freeze", "unfreeze", "drop", "consolidate",
-    "merge", "attach", "prune", "sort", "shrink" or "route"."""
+    "merge", "attach", "prune", "sort", "shrink" or "route"; or "export"."""
     arguments: dict[str, Any] = {}
     """What it was asked to do."""
     parent: str | None = None

@@ -18,6 +18,7 @@ from .lineage import Lineage
 CONFIG_FILE = "config.json"
 ADDON_CONFIG = "addon_config.json"
 ADDON_WEIGHTS = "addon_model.safetensors"
+EXPORT_FILE = "export.json"
 LINEAGE_FILE = "lineage.json"
 CARD_FILE = "README.md"
 OPTIMIZER_FILE = "optimizer.pt"
@@ -60,6 +61,21 @@ class Header:
 def is_addon_folder(path: str | Path) -> bool:
     """Whether a folder holds a token group that goes beside linear maps of its parent, and no model."""
     return (Path(path) / ADDON_CONFIG).is_file()
+
+
+def exported_for(path: str | Path) -> str | None:
+    """Return the engine that a folder holds a model for, as `export` writes it; None where it holds none.
+
+    Raises:
+        CheckpointError: it does not say which, or cannot be read.
+    """
+    file = Path(path) / EXPORT_FILE
+    if not file.is_file():
+        return None
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["export_format"])
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise CheckpointError(f"export {path} is damaged: {file.name}: {error}") from error
 
 
 def config_fields(path: str | Path) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import typer
 
 from ..quiet import quiet_libraries
 from ..units import counted
-from .arguments import Checkpoint, Force, Json, Keep, Model, Output, check_checkpoint, check_recipe
+from .arguments import Checkpoint, Force, Json, Keep, Model, Output, Runnable, check_checkpoint, check_recipe
 from .compare import comparisons
 from .console import make_console
-from .groups import groups, note_order, rewriting
+from .export import exports, load_to_run
+from .groups import groups, rewriting
 from .inspect import inspection
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ app.add_typer(converters, name="convert")
 app.add_typer(groups)
 app.add_typer(inspection)
 app.add_typer(comparisons)
+app.add_typer(exports)
 
 
 def _version(wanted: bool) -> None:
@@ -94,7 +96,7 @@ def train(
 
 @app.command()
 def generate(
-    checkpoint: Model,
+    checkpoint: Runnable,
     prompt: Annotated[str, typer.Argument(help="Text to continue; empty starts a document.")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Text tokens to write.", min=1)] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest; higher is wilder.", min=0)] = 0.8,
@@ -106,12 +108,10 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from ..checkpoints.checkpoint import load_checkpoint, need_tokenizer
+    from ..checkpoints.checkpoint import need_tokenizer
     from ..errors import TokenizerError
 
-    model, tokenizer, lineage = load_checkpoint(checkpoint, keep=keep)
-    note_order(lineage, keep)
-    model.to(torch.accelerator.current_accelerator() or "cpu")
+    model, tokenizer, _ = load_to_run(checkpoint, keep=keep)
     tokenizer = need_tokenizer(checkpoint, model.config, tokenizer)
     if seed is not None:
         torch.manual_seed(seed)
@@ -137,7 +137,7 @@ def generate(
 
 @app.command()
 def evaluate(
-    checkpoint: Model,
+    checkpoint: Runnable,
     text: Annotated[
         list[str] | None, typer.Option(help="File, folder, glob or dataset to read; may be repeated.", metavar="SOURCE")
     ] = None,
@@ -159,9 +159,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure how well a model predicts text or labels images. It runs lm-eval's tasks, too."""
-    import torch
-
-    from ..checkpoints.checkpoint import load_checkpoint, need_tokenizer
+    from ..checkpoints.checkpoint import need_tokenizer
     from ..errors import EvaluationError
     from ..evaluation import default_block_length, evaluate_tasks, evaluate_text
     from ..sections import parse_sections
@@ -170,13 +168,11 @@ def evaluate(
 
     if not text and not tasks and not images:
         raise EvaluationError("nothing to evaluate on: give --text SOURCE, --tasks TASKS, or both, or --images SOURCE")
-    model, tokenizer, lineage = load_checkpoint(checkpoint, keep=keep)
-    note_order(lineage, keep)
+    model, tokenizer, lineage = load_to_run(checkpoint, keep=keep)
     if images:
         _evaluate_images(checkpoint, model, images, split, batch_size=batch_size, as_json=as_json)
         return
     tokenizer = need_tokenizer(checkpoint, model.config, tokenizer)
-    model.to(torch.accelerator.current_accelerator() or "cpu")
     length, texts, measured = 0, [], {}
     if text:
         recipe = lineage.last_recipe  # may be of an earlier version, whose stages had other fields
@@ -202,8 +198,6 @@ def evaluate(
 def _evaluate_images(
     checkpoint: Path, model: "PreTrainedModel", source: str, split: str, *, batch_size: int | None, as_json: bool
 ) -> None:
-    import torch
-
     from ..checkpoints.checkpoint import load_image_processor
     from ..errors import EvaluationError
     from ..evaluation import evaluate_images
@@ -220,7 +214,6 @@ def _evaluate_images(
             f"checkpoint {checkpoint} reads no images, or has no preprocessor_config.json that says how; give --text "
             "for a model that reads text"
         )
-    model.to(torch.accelerator.current_accelerator() or "cpu")
     found = evaluate_images(model, processor, source, split=split, batch_size=batch_size or 64)
     facts = [{"source": source, "split": split, **asdict(found)}]
     if as_json:

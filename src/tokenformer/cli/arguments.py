@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..checkpoints.files import find_checkpoint
-from ..checkpoints.verify import is_addon_folder
+from ..checkpoints.verify import exported_for, is_addon_folder
 from ..errors import CheckpointError, RecipeError
 
 
@@ -50,6 +50,11 @@ def check_checkpoint(path: Path) -> Path:
             f"{path} is an add-on, tokens beside the linear maps of its parent: generate, evaluate, inspect take it; "
             "all else is done to whole checkpoints"
         )
+    if engine := exported_for(path):
+        raise CheckpointError(
+            f"{path} is an export for {engine}: generate and evaluate take it; all else is done to the checkpoint that "
+            "it was made from"
+        )
     find_checkpoint(path, hint=_within(path) if path.is_dir() else _nearest(path))
     return path
 
@@ -59,6 +64,15 @@ def check_model(path: Path) -> Path:
     return path if is_addon_folder(path) else check_checkpoint(path)
 
 
+def check_runnable(path: Path) -> Path:
+    """Return the folder of an export, a checkpoint or an add-on; CheckpointError if it is none of them."""
+    return path if exported_for(path) else check_model(path)
+
+
+Runnable = Annotated[
+    Path,
+    typer.Argument(help="Folder of a checkpoint, add-on or export.", metavar="CHECKPOINT", callback=check_runnable),
+]
 Model = Annotated[
     Path, typer.Argument(help="Folder of a checkpoint or add-on.", metavar="CHECKPOINT", callback=check_model)
 ]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..checkpoints.beside import Site
     from ..checkpoints.lineage import Lineage
     from ..plan import Plan
+    from ..serve.card import Exported
 
 Row = Sequence[str]
 
@@ -158,6 +159,22 @@ def text_table(found: Sequence[dict[str, Any]], block_length: int) -> Table:
     rows = [(e["source"], short(e["text_tokens"]), f"{e['loss']:.4f}", f"{e['bits_per_byte']:.4f}") for e in found]
     title = f"Text, in text blocks of {block_length:,} text tokens"
     return tabulate(("source",), ("text tokens", "loss", "bits/byte"), rows, title)
+
+
+def export_table(written: Exported) -> Table:
+    """Tabulate what an export is beside the model that it was made from."""
+    rows = [
+        ("PyTorch", "float32", f"{written.model_bytes / 1e6:,.1f}", f"{written.bits_per_byte:.4f}", ""),
+        (
+            written.engine,
+            written.weights,
+            f"{written.exported_bytes / 1e6:,.1f}",
+            f"{written.exported_bits_per_byte:.4f}",
+            f"{written.logits_difference:.2g}",
+        ),
+    ]
+    title = f"{written.text_tokens:,} text tokens of {written.text}; largest logit {written.largest_logit:.3g}"
+    return tabulate(("engine", "weights"), ("MB", "bits/byte", "logits differ by"), rows, title)
 
 
 def image_table(found: Sequence[dict[str, Any]]) -> Table:
