@@ -6,6 +6,7 @@ BIN := .venv/bin
 ECOSYSTEM := examples/ecosystem
 CHECKPOINT := runs/ecosystem/stage2
 GROWN := runs/smollm2/speaking
+TERNARY := runs/ternary/packed
 OUTCOMES := benchmarks/results/ecosystem.jsonl
 TOOLS := lm_eval_task peft_lora torchao_int8 trl_preferences serve_and_chat
 
@@ -115,7 +116,7 @@ torture: install
 	$(BIN)/python benchmarks/hostile.py
 
 # Every tool of docs/ecosystem.md for real; about half an hour. vLLM, SGLang and some exporters in environments of their own.
-ecosystem: $(CHECKPOINT) $(GROWN) .venv-others/installed .venv-vllm/installed .venv-sglang/installed
+ecosystem: $(CHECKPOINT) $(GROWN) $(TERNARY) .venv-others/installed .venv-vllm/installed .venv-sglang/installed
 	for tool in $(TOOLS); do $(BIN)/python $(ECOSYSTEM)/$$tool.py $(CHECKPOINT) --results $(OUTCOMES) || exit 1; done
 	for tool in bitsandbytes_cpu exports; do \
 		.venv-others/bin/python $(ECOSYSTEM)/$$tool.py $(CHECKPOINT) --results $(OUTCOMES) || exit 1; done
@@ -125,6 +126,7 @@ ecosystem: $(CHECKPOINT) $(GROWN) .venv-others/installed .venv-vllm/installed .v
 	for tool in grown_llama grown_llamacpp; do \
 		.venv-vllm/bin/python $(ECOSYSTEM)/$$tool.py $(GROWN) --results $(OUTCOMES) || exit 1; done
 	$(BIN)/python $(ECOSYSTEM)/beside_maps.py runs/smollm2/model --results $(OUTCOMES)
+	.venv-vllm/bin/python $(ECOSYSTEM)/ternary_llamacpp.py $(TERNARY) --results $(OUTCOMES)
 	$(BIN)/python benchmarks/readme.py
 
 $(CHECKPOINT): install
@@ -133,6 +135,11 @@ $(CHECKPOINT): install
 $(GROWN): install
 	test -d runs/smollm2/model || PYTHONPATH=benchmarks $(BIN)/python -c 'import smollm2; smollm2.fetch()'
 	$(BIN)/python $(ECOSYSTEM)/grow_llama.py runs/smollm2/model $@
+
+$(TERNARY): install
+	test -d runs/smollm2/model || PYTHONPATH=benchmarks $(BIN)/python -c 'import smollm2; smollm2.fetch()'
+	$(BIN)/tokenformer train $(ECOSYSTEM)/ternary.yaml -o runs/ternary --force
+	$(BIN)/tokenformer pack runs/ternary/stage2 -o $@ --force
 
 .venv-others/installed: $(ECOSYSTEM)/others.txt constraints.txt | $(BIN)/uv
 	$(PYTHON) -m venv $(@D)

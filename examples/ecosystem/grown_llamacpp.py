@@ -51,16 +51,23 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
+def install(folder: Path) -> tuple[Path, str]:
+    """Put llama.cpp, as source and built for CPUs, into a folder; return the source's folder and its release."""
+    options = ["--silent", "--ignore-scripts", "--omit=optional"]  # optional: other machines, 0.6 GB
+    run("npm", "install", *options, "--prefix", folder, *PACKAGES, cwd=folder)
+    source, package = folder / "llama.cpp", folder / "node_modules" / "node-llama-cpp" / "llama"
+    run("git", "clone", "--quiet", package / "gitRelease.bundle", source, cwd=folder)
+    commit = run("git", "rev-parse", "--short", "HEAD", cwd=source).strip()
+    return source, f"{json.loads((package / 'llama.cpp.info.json').read_text())['tag']} ({commit})"
+
+
 def main() -> None:
     args = arguments(__doc__ or "")
     start = time.monotonic()
     expected = continuations(args.checkpoint)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        options = ["--silent", "--ignore-scripts", "--omit=optional"]  # optional: other machines, 0.6 GB
-        run("npm", "install", *options, "--prefix", folder, *PACKAGES, cwd=folder)
-        source, package = folder / "llama.cpp", folder / "node_modules" / "node-llama-cpp" / "llama"
-        run("git", "clone", "--quiet", package / "gitRelease.bundle", source, cwd=folder)
+        source, release = install(folder)
         file, convert = folder / "grown.gguf", source / "convert_hf_to_gguf.py"
         run(sys.executable, convert, args.checkpoint.resolve(), "--outtype", "f32", "--outfile", file, cwd=source)
         converted = time.monotonic() - start
@@ -69,15 +76,13 @@ def main() -> None:
         for text, (prompt, new), right in zip(PROMPTS, answers, expected, strict=True):
             assert prompt == right.prompt, f"{text!r} becomes {prompt}, in transformers {right.prompt}"
             assert new == right.new, f"{text!r}: llama.cpp {new}, transformers {right.new}"
-        commit = run("git", "rev-parse", "--short", "HEAD", cwd=source).strip()
-        release = json.loads((package / "llama.cpp.info.json").read_text())["tag"]
         size = file.stat().st_size
 
     record(
         args.results,
         "llama.cpp, grown Llama",
         packages=["transformers", "torch", "sentencepiece"],
-        ran=f"{growth(args.checkpoint)}: convert_hf_to_gguf.py of llama.cpp {release} ({commit}), float32; then that "
+        ran=f"{growth(args.checkpoint)}: convert_hf_to_gguf.py of llama.cpp {release}, float32; then that "
         f"release, built for CPUs, in node-llama-cpp {VERSION}; without the package",
         result=f"the text tokens of each prompt, and {agreement(expected)}",
         limits="keys and values cached in float32: in float16, llama.cpp's default, close races may end another way; "
