@@ -1,28 +1,31 @@
-"""Kill commands with -9 at random moments, run them again, and see whether anything was lost, mixed or left lying.
+"""Kill commands at random moments, fill their disks, run them again, and see whether anything is lost, mixed or left.
 
-    python benchmarks/torture.py [--kills 200] [--seed 0]
+    python benchmarks/torture.py [--kills 200] [--disks 60] [--seed 0]
 
-Rules, stated before the first kill. A command is killed by the clock, at a moment drawn evenly from the time that it
-takes undisturbed, or as it is about to make its n-th change to the disk, drawn evenly from all of them; or two of the
-same command begin at once in one folder, and one of the two is killed. What the folder then holds is the old or the
-new, whole: each checkpoint is verified, and its tensors, and those of the optimizer, equal the old ones or those of a
-run that nobody disturbed, bit for bit. The command is then given again, as a user would (`--resume` or `--force` where
-something is there). It must go well and leave the same files as the undisturbed run: the same names, no more, and the
-same bits.
+Rules, stated before the first kill. A command is killed with -9 by the clock, at a moment drawn evenly from the time
+that it takes undisturbed, or as it is about to make its n-th change to the disk, drawn evenly from all of them; or two
+of the same command begin at once in one folder, and one of the two is killed. Or the disk is full from its n-th change
+on, or takes no file larger than one of those that the command writes, or is read-only; then it must end with one of our
+errors and exit code 2. What the folder then holds is the old or the new, whole: each checkpoint is verified, and its
+tensors, and those of the optimizer, equal the old ones or those of a run that nobody disturbed, bit for bit. The
+command is then given again, as a user would (`--resume` or `--force` where something is there). It must go well and
+leave the same files as the undisturbed run: the same names, no more, and the same bits.
 
-A line a command and way of killing is appended to results/torture.jsonl; exit code 1 if any of them is not kept.
+A line a command and way is appended to results/torture.jsonl; exit code 1 if any of them is not kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import multiprocessing
 import os
 import platform
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -52,21 +55,23 @@ from tokenformer.training.log import read_log
 
 RESULTS = Path(__file__).parent / "results" / "torture.jsonl"
 WAYS = ("clock", "change", "two")
+DISKS = ("full", "small", "read-only")
 # Of 200 kills, about how many each command gets: more to those that write most often.
 WEIGHTS = {
-    "train": 50,
+    "train": 40,
     "train --force": 20,
-    "grow": 20,
-    "grow --force": 20,
-    "merge --force": 16,
-    "split --force": 10,
-    "convert transformer": 14,
-    "convert official --force": 14,
-    "convert to-official --force": 10,
-    "prepare text": 14,
-    "compare": 12,
+    "grow": 24,
+    "grow --force": 24,
+    "merge --force": 20,
+    "split --force": 12,
+    "convert transformer": 16,
+    "convert official --force": 16,
+    "convert to-official --force": 12,
+    "prepare text": 10,
+    "compare": 6,
 }
 PASSING = (".partial", ".shards", ".tmp", ".lock", ".jsonl")  # unfinished, or with times in it
+ERRORS = 4096  # bytes: what a command may say on a disk that takes only small files
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 TOKENS = {"qkv_param_tokens": 8, "output_param_tokens": 8, "ffn_param_tokens": 16}
@@ -200,10 +205,18 @@ def lay_out(folder: Path) -> None:
         assert wait(begin(folder, line.split())) == 0, line
 
 
-def begin(folder: Path, arguments: list[str], *, die_at: int | None = None, count: Any = None) -> int:
+def begin(
+    folder: Path,
+    arguments: list[str],
+    fault: Callable[[int, str], None] | None = None,
+    *,
+    largest: int = -1,
+    count: Any = None,
+) -> int:
     """Give a command in `folder`, in a process forked off this one, in a group of its own, and return its number.
 
-    It kills itself before its change to the disk number `die_at`; `count` is sent how many there were.
+    Before each of its changes to the disk `fault` is called with its number and kind. No file grows larger than
+    `largest` bytes. `count` is sent how many changes there were.
     """
     child = os.fork()
     if child:
@@ -222,7 +235,8 @@ def begin(folder: Path, arguments: list[str], *, die_at: int | None = None, coun
         tokens.SHARD_BYTES = 2**14  # so that little text is prepared as much text is
         sys.modules["__main__"].__file__ = None  # which a comparison's workers would import, too
         sys.argv = ["tokenformer", *arguments]
-        changes = watch_changes(die_at)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        changes = watch_changes(fault or (lambda number, event: None))
         try:
             cli.main()
         finally:
@@ -235,18 +249,43 @@ def begin(folder: Path, arguments: list[str], *, die_at: int | None = None, coun
         os._exit(code)
 
 
-def watch_changes(die_at: int | None) -> Iterator[int]:
-    """Count this process's changes to the disk, of which it does not survive number `die_at`."""
+def watch_changes(fault: Callable[[int, str], None]) -> Iterator[int]:
+    """Count this process's changes to the disk, and call `fault` before each."""
     numbers = iter(range(10**9))
     us = os.getpid()
 
     def before(event: str, arguments: tuple[Any, ...]) -> None:
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if (writes or event in CHANGES) and os.getpid() == us and next(numbers) == die_at:
-            os.kill(us, signal.SIGKILL)
+        if (writes or event in CHANGES) and os.getpid() == us and not str(arguments[0]).startswith("/dev/"):
+            fault(next(numbers), event)
 
     sys.addaudithook(before)
     return numbers
+
+
+def killed_at(change: int) -> Callable[[int, str], None]:
+    """Return the fault of a process that does not survive a change."""
+
+    def kill(number: int, event: str) -> None:
+        if number == change:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return kill
+
+
+def full_from(change: int) -> Callable[[int, str], None]:
+    """Return the fault of a disk that is full from a change on: names can still be moved and removed."""
+
+    def refuse(number: int, event: str) -> None:
+        if number >= change and event in ("open", "os.mkdir"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return refuse
+
+
+def read_only(number: int, event: str) -> None:
+    """Be the fault of a disk that takes no change at all."""
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def wait(process: int) -> int:
@@ -308,6 +347,7 @@ class Torture:
         self.start.mkdir()
         (self.start / "old").mkdir()
         lay_out(self.start)
+        self.sizes: dict[str, list[int]] = {}
         self.known: dict[str, tuple[dict[str, str], dict[str, str], set[str], list[Any], float, int]] = {}
 
     def fresh(self, name: str) -> Path:
@@ -333,32 +373,46 @@ class Torture:
             took = time.monotonic() - began
             after = contents(folder, command.outputs)
             assert after != before
+            written = [path for output in command.outputs for path in (folder / output, *(folder / output).rglob("*"))]
+            sizes = {path.stat().st_size for path in written if path.is_file()}
+            self.sizes[name] = sorted(size for size in sizes if size > ERRORS)
             self.known[name] = (before, after, names(folder), logged(folder), took, receive.recv())
         return self.known[name]
 
-    def kill(self, name: str, way: str) -> tuple[str, str]:
-        """Kill a command once and give it again; return what was there in between, and what is wrong, if anything."""
+    def try_once(self, name: str, way: str) -> tuple[str, str]:
+        """Disturb a command once and give it again; return what was there in between, and what is wrong, or ""."""
         self.undisturbed(name)
         folder = self.fresh(name)
-        state, problem = self._kill(name, way, folder)
+        state, problem = self._try_once(name, way, folder)
         if not problem:
             shutil.rmtree(folder)
         return state, problem and f"{folder}: {problem}"
 
-    def _kill(self, name: str, way: str, folder: Path) -> tuple[str, str]:
+    def _try_once(self, name: str, way: str, folder: Path) -> tuple[str, str]:
         before, after, all_names, log, seconds, changes = self.undisturbed(name)
         command = COMMANDS[name]
-        die_at = self.dice.randrange(changes) if way == "change" else None
-        processes = [begin(folder, command.arguments, die_at=die_at)]
+        fault = killed_at(self.dice.randrange(changes)) if way == "change" else None
+        fault = (
+            full_from(self.dice.randrange(1 + changes // 2))
+            if way == "full"
+            else read_only
+            if way == "read-only"
+            else fault
+        )
+        largest = self.dice.choice(self.sizes[name]) - 1 if way == "small" else -1
+        processes = [begin(folder, command.arguments, fault, largest=largest)]
         if way == "two":
             processes.append(begin(folder, command.arguments))
-        if die_at is None:
+        if way in ("clock", "two"):
             time.sleep(self.dice.uniform(0, seconds))
             with contextlib.suppress(ProcessLookupError):  # with what it has started, or what it has started lives on
                 (os.killpg if self.dice.random() < 0.5 else os.kill)(processes[0], signal.SIGKILL)
         codes = [wait(process) for process in processes]
-        if bad := [code for code in codes if code not in (0, 2, -9)]:
-            return "", f"exit codes {bad}: {(folder / 'stderr').read_text()}"
+        said = (folder / "stderr").read_text()
+        if [code for code in codes if code not in (0, 2, -9)] or "Traceback" in said:
+            return "", f"exit codes {codes}: {said}"
+        if way in DISKS and codes == [0] and contents(folder, command.outputs) != after:
+            return "", "it said that all went well"
         try:
             found = contents(folder, command.outputs)
         except Exception as error:
@@ -379,35 +433,35 @@ class Torture:
         return state, ""
 
 
-def shares(kills: int) -> Iterator[tuple[str, str, int]]:
-    """Hand out kills: yield command, way and how many."""
+def shares(faults: int, ways: tuple[str, ...]) -> Iterator[tuple[str, str, int]]:
+    """Hand out faults: yield command, way and how many."""
     total = sum(WEIGHTS.values())
     for name, weight in WEIGHTS.items():
-        # A comparison's changes are its workers', which start anew and so are killed by the clock alone.
-        ways = WAYS if name != "compare" else ("clock", "two")
-        mine = max(1, round(kills * weight / total))
-        for i, way in enumerate(ways):
-            if count := len(range(i, mine, len(ways))):
+        # A comparison's changes are its workers', which start anew.
+        possible = [way for way in ways if name != "compare" or way in ("clock", "two", "small")]
+        mine = max(1, round(faults * weight / total))
+        for i, way in enumerate(possible):
+            if count := len(range(i, mine, len(possible))):
                 yield name, way, count
 
 
-def torture(kills: int, seed: int, place: Path, on_line: Callable[[dict[str, Any]], None]) -> list[str]:
-    """Kill so many times; returns what went wrong."""
+def torture(kills: int, disks: int, seed: int, place: Path, on_line: Callable[[dict[str, Any]], None]) -> list[str]:
+    """Kill so many times, and have so many disks refuse; returns what went wrong."""
     driver, wrong = Torture(place, seed), []
-    for name, way, count in shares(kills):
+    for name, way, count in (*shares(kills, WAYS), *shares(disks, DISKS)):
         began, states = time.monotonic(), Counter[str]()
         problems = []
         for _ in range(count):
-            state, problem = driver.kill(name, way)
+            state, problem = driver.try_once(name, way)
             states[state] += 1
             problems += [problem] if problem else []
         wrong += [f"{name}, by {way}: {problem}" for problem in problems]
         on_line(
             {
-                "fault": "kill -9",
+                "fault": "disk" if way in DISKS else "kill -9",
                 "command": name,
                 "way": way,
-                "kills": count,
+                "times": count,
                 "found": {state: states[state] for state in ("old", "in part", "new")},
                 "wrong": len(problems),
                 "seconds": round(time.monotonic() - began, 1),
@@ -420,6 +474,7 @@ def main() -> None:
     """Kill, and append what came of it to the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--disks", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     facts = {
@@ -436,10 +491,10 @@ def main() -> None:
 
     torch.set_num_threads(1)
     place = Path(tempfile.mkdtemp(prefix="torture"))
-    wrong = torture(given.kills, given.seed, place, keep)
+    wrong = torture(given.kills, given.disks, given.seed, place, keep)
     print(*wrong, sep="\n")
     if wrong:
-        sys.exit(f"{len(wrong)} of {given.kills} kills were not survived; the folders are kept in {place}")
+        sys.exit(f"{len(wrong)} of {given.kills + given.disks} faults were not survived; see what is left in {place}")
     shutil.rmtree(place)
 
 

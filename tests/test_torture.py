@@ -27,11 +27,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-def test_twenty_kills_lose_nothing(tmp_path):
+def test_twenty_kills_and_twenty_full_disks_lose_nothing(tmp_path):
     lines = []
-    assert torture.torture(20, 1, tmp_path, lines.append) == []
+    assert torture.torture(20, 20, 1, tmp_path, lines.append) == []
     assert {line["command"] for line in lines} == set(torture.WEIGHTS)
-    assert sum(line["kills"] for line in lines) >= 20
+    assert sum(line["times"] for line in lines if line["fault"] == "kill -9") >= 20
+    assert {line["way"] for line in lines} == {*torture.WAYS, *torture.DISKS}
 
 
 @pytest.mark.slow

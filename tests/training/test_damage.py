@@ -5,13 +5,16 @@ import shutil
 import signal
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tokenformer.checkpoints.checkpoint import load_checkpoint
 from tokenformer.cli import app as cli
+from tokenformer.errors import TokenformerError
 from tokenformer.training.log import read_log
 from tokenformer.training.recipe import parse_recipe
+from tokenformer.training.stream import StreamTrainer
 from tokenformer.training.train import train
 
 
@@ -45,6 +48,7 @@ def strictly(line):
 
 def test_a_loss_that_diverges_is_logged_as_none_and_said(content, tmp_path):
     training = {**content["training"], "learning_rate": 1e37, "warmup": 0, "schedule": "constant"}
+    training["on_bad_step"] = "go_on"
     events = []
     checkpoints = train(parse_recipe({**content, "training": training}), tmp_path / "run", on_event=events.append)
     lines = (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -60,6 +64,42 @@ def test_a_loss_that_diverges_is_logged_as_none_and_said(content, tmp_path):
     diverged.write_text(json.dumps({**content, "training": training}), encoding="utf-8")
     done = CliRunner().invoke(cli.app, ["train", str(diverged), "-o", str(tmp_path / "again")])
     assert done.exit_code == 0 and "stage 1 has diverged at step" in " ".join(done.output.split())
+
+
+def test_a_step_that_would_spoil_the_weights_stops_the_run(content, tmp_path, monkeypatch):
+    """It can then be left out: the second run is the first one resumed, and takes every other step."""
+    ordinary = StreamTrainer.training_step
+
+    def spoilt(self, model, *arguments):
+        loss = ordinary(self, model, *arguments)
+        if self.state.global_step == 3:
+            model.get_input_embeddings().weight.grad[0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(StreamTrainer, "training_step", spoilt)
+    stages = content["stages"][:1]
+    said = r"stage 1 stopped before step 4, .* not finite in 1 of \d+ tensors: .*embed.* state after step 2 is saved"
+    with pytest.raises(TokenformerError, match=said):
+        train(parse_recipe({**content, "stages": stages}), tmp_path / "run")
+    skipping = {**content, "stages": stages, "training": {**content["training"], "on_bad_step": "skip"}}
+    (last,) = train(parse_recipe(skipping), tmp_path / "run", resume=True)
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(last / "model.safetensors").values())
+    (skipped,) = [event for event in read_log(tmp_path / "run") if event["event"] == "skipped"]
+    assert skipped["step"] == 4 and "embed" in skipped["problem"]
+
+
+def test_steps_of_too_large_gradients_are_left_out_whole(content, tmp_path):
+    """Neither gradients nor momentum nor weight decay move anything: the last weights are the first."""
+    results = []
+    kinds = {"none": {"on_bad_step": "skip", "bad_grad_norm": 1e-9}, "slow": {"learning_rate": 1e-30}}
+    for name, more in kinds.items():
+        recipe = {**content, "stages": content["stages"][:1], "training": {**content["training"], **more}}
+        (last,) = train(parse_recipe(recipe), tmp_path / name)
+        results.append(load_file(last / "model.safetensors"))
+    assert all(torch.allclose(a, results[1][name], rtol=0, atol=1e-28) for name, a in results[0].items())
+    skipped = [event for event in read_log(tmp_path / "none") if event["event"] == "skipped"]
+    assert [event["step"] for event in skipped] == [1, 2, 3, 4, 5, 6]
+    assert all("is 1e-09" in event["problem"] for event in skipped)
 
 
 @pytest.fixture(scope="module")

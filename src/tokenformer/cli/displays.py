@@ -103,6 +103,12 @@ class TrainingDisplay(_Display):
                 markup=False,
                 highlight=False,
             )
+        elif kind == "skipped":
+            self.console.print(
+                f"stage {event['stage']}: step {event['step']} is left out: {event['problem']}",
+                markup=False,
+                highlight=False,
+            )
         elif kind == "diverged":
             self.console.print(
                 f"stage {event['stage']} has diverged at step {event['step']}: its loss is no number any more. Stop "

@@ -183,7 +183,7 @@ def stage_settings(
     rewarm_new = segment.growth is not None and segment.growth.rewarm_new is not None
     return StageSettings(
         # Whether growth resets the optimizer was decided before; between other segments nothing is lost.
-        training=training.model_copy(update={"keep_optimizer_state": True}),
+        training=training.model_copy(update={"keep_optimizer_state": True, **_going_on(training)}),
         steps=steps,
         rate=partial(segment.rate, steps=steps, per_step=per_step),
         rate_of_new=partial(segment.rate_of_new, steps=steps, per_step=per_step) if rewarm_new else None,
@@ -197,6 +197,11 @@ def stage_settings(
         frozen=list(segment.frozen),
         arguments={"arm": segment.arm, "segment": segment.id, "training": training.model_dump(exclude_unset=True)},
     )
+
+
+def _going_on(training: TrainingSection) -> dict[str, str]:
+    """Let a run diverge where its recipe does not say otherwise: that is a result, too."""
+    return {} if "on_bad_step" in training.model_fields_set else {"on_bad_step": "go_on"}
 
 
 def _read(segment: Segment, parent: Line) -> dict[str, int]:

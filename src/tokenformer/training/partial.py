@@ -32,14 +32,18 @@ def mark_complete(state: Path) -> None:
         file.write_text(contents, encoding="utf-8")
 
 
+def states_in(folder: Path) -> list[Path]:
+    """Return the states in a folder, whole or not."""
+    return [state for state in folder.glob("checkpoint-*") if state.name.removeprefix("checkpoint-").isdecimal()]
+
+
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """Return the newest whole state in `folder`, and what is wrong with each that is newer; those are then deleted.
 
     A state without a marker was still being written when the run ended, and nothing is wrong with that.
     """
     problems: list[str] = []
-    states = [state for state in folder.glob("checkpoint-*") if state.name.removeprefix("checkpoint-").isdecimal()]
-    for state in sorted(states, key=step_of, reverse=True):
+    for state in sorted(states_in(folder), key=step_of, reverse=True):
         problem = _problem(state) if (state / _COMPLETE).exists() else ""
         if problem is None:
             return state, problems

@@ -56,7 +56,7 @@ def check_resumable(recipe: Recipe, run: Path) -> None:
     if not file.exists():
         raise CheckpointError(f"nothing to resume: {run} holds no run; start it without --resume")
     began = load_recipe(file)
-    if began != recipe:
+    if _without_bad_steps(began) != _without_bad_steps(recipe):
         changed = [k for k in Recipe.model_fields if getattr(began, k) != getattr(recipe, k)]
         raise RecipeError(
             f"the recipe differs from the one this run began with ({file}) in: {', '.join(changed)}; resume with "
@@ -116,6 +116,12 @@ def _rehearse_growth(model: PreTrainedModel, growth: dict[str, Any], *, addons: 
         )
     elif growth:
         grow(model, **growth)
+
+
+def _without_bad_steps(recipe: Recipe) -> Recipe:
+    """Leave out what a run may be resumed with: what to do about the step that stopped it."""
+    training = recipe.training.model_copy(update={"on_bad_step": "stop", "bad_grad_norm": None})
+    return recipe.model_copy(update={"training": training})
 
 
 def frozen_parts(frozen: list[str] | None, model: PreTrainedModel, *, addon: bool) -> list[str]:

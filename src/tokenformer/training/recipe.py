@@ -90,6 +90,12 @@ class TrainingSection(Section):
     """Weight decay on every matrix; never on the final norm. Default: 0.1; with muon 0."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Largest gradient norm; larger ones are scaled down."""
+    on_bad_step: Literal["stop", "skip", "go_on"] = "stop"
+    """What happens before a step whose gradients are not finite, or larger than `bad_grad_norm`: the run stops, its
+    newest saved state kept; the step is left out; or it is taken all the same, which spoils the weights. Comparisons go
+    on, for a run that diverges is a result. --resume may find this and the next field changed."""
+    bad_grad_norm: float | None = Field(None, gt=0)
+    """Gradient norm, before it is scaled down, above which a step counts as bad. Default: none does."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; "auto" takes bfloat16 where the GPU or CPU has units for it. Weights stay float32."""
     evaluations_per_stage: int = Field(4, ge=1)

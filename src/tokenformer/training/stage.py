@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..checkpoints.whole import becomes_addon
 from ..data.stream import BlockStream
 from ..growth.beside import all_group_names
 from ..growth.freeze import freeze_only
+from .gradients import check_gradients
 from .log import Log, finite
 from .material import Material
 from .optimization import grow_with_states, make_optimizer
@@ -101,6 +103,10 @@ def run_stage(
         callbacks=[watcher],
     )
     trainer.remove_callback(PrinterCallback)
+    if settings.training.on_bad_step != "go_on":
+        trainer.before_clipping = partial(
+            check_gradients, model, settings.training.bad_grad_norm, partial(watcher.bad_step, place=place)
+        )
     for problem in problems:
         watcher.emit("damaged", done, problem=problem)
     if growth and not done:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer
 
 from ..data.stream import BlockStream
+from .gradients import GuardedTrainer
 from .processes import processes
 
 
-class StreamTrainer(Trainer):
+class StreamTrainer(GuardedTrainer):
     """Gives each process batches of its own stream; how other data is read is for transformers to say."""
 
     def get_train_dataloader(self) -> DataLoader:

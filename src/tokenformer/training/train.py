@@ -51,11 +51,12 @@ def train(
             threads the final weights equal those of an uninterrupted run bit for bit.
         force: replace an existing run folder, once what comes before the first step has gone well.
         on_event: called with every event of the run, in order: "data", "stage", "growth", "train", "evaluation",
-            "damaged", "diverged", "end"; all are lines of log.jsonl. "progress", one a step, is not.
+            "damaged", "skipped", "diverged", "end"; all are lines of log.jsonl. "progress", one a step, is not.
 
     Raises:
         RecipeError: the recipe makes no sense, or on resuming is not the one the run began with.
         DataError, TokenizerError: from the data. GrowthError: from growing.
+        TokenformerError: gradients that are not finite, before they reach the weights.
         CheckpointError: the folder exists, or another process trains in it, or it cannot be written.
         KeyboardInterrupt: after Ctrl-C, once the state is saved (a second Ctrl-C leaves at once).
     """

@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 from accelerate.utils import reduce
+from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..checkpoints.lineage import Event
 from ..data.stream import BlockStream
+from ..errors import TokenformerError
 from ..models.pattention import Pattention
 from .log import Log, finite
 from .material import Material, Measured
-from .partial import mark_complete
+from .partial import mark_complete, states_in, step_of
 from .processes import processes
 from .settings import StageSettings
 from .stream import save_place
@@ -120,6 +122,25 @@ class Watcher(TrainerCallback):
             control.should_log = due
         if self._any_interrupted():
             control.should_save = control.should_training_stop = True
+
+    def bad_step(self, gradients: dict[str, Tensor], problem: str, *, place: Path) -> None:
+        """Leave a step out, or stop the run before it, as the recipe says; `place` holds the states.
+
+        Raises:
+            TokenformerError: the run stops.
+        """
+        step = self.trainer.state.global_step + 1
+        if self.settings.training.on_bad_step == "skip":
+            for p in self.model.parameters():
+                p.grad = None
+            self.emit("skipped", step, problem=problem)
+            return
+        saved = [step_of(state) for state in states_in(place)]
+        kept = f"its state after step {max(saved)} is saved" if saved else "no state of it was saved yet"
+        raise TokenformerError(
+            f"stage {self.settings.number} stopped before step {step}, which would spoil the weights: {problem}; {kept}"
+            ". Train on with --resume and training.on_bad_step: skip, or start again with a smaller learning rate"
+        )
 
     def _any_interrupted(self) -> bool:
         """Agree whether to stop: Ctrl-C reaches the run's processes in different steps, and all must stop in one."""
