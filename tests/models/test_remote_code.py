@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, images, tiny, tiny_vision, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, ViTImageProcessorPil
+from typer.testing import CliRunner
 
 import tokenformer
 from tokenformer import TokenformerForCausalLM, TokenformerProcessor, grow, merge, pack, save
+from tokenformer.cli.app import app
 from tokenformer.data.tokenizer import make_tokenizer
 
 FILES = [
@@ -132,6 +134,18 @@ def run(tmp_path_factory):
         )
 
     return call
+
+
+def test_code_that_is_not_ours_is_told_of_and_not_run(tmp_path):
+    tokenformer.save(tmp_path / "c", tiny("ffn"))
+    tokenformer.load(tmp_path / "c")  # without a warning
+    file = tmp_path / "c" / "modeling_tokenformer.py"
+    file.write_text(file.read_text(encoding="utf-8") + "raise SystemExit('ran')\n", encoding="utf-8")
+    (tmp_path / "c" / "more.py").write_text("raise SystemExit('ran')", encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"2 code files in .* differ .*: modeling_tokenformer\.py, more\.py\. They"):
+        tokenformer.load(tmp_path / "c")
+    done = CliRunner().invoke(app, ["inspect", str(tmp_path / "c")])
+    assert "trust_remote_code=True would run them" in done.output and done.exit_code == 0
 
 
 def test_loads_runs_and_saves_without_the_package_once_it_is_trusted(run, tmp_path):

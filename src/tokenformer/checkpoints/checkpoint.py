@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
@@ -51,6 +52,7 @@ from .verify import (
     CONFIG_FILE,
     INDEX_FILE,
     LINEAGE_FILE,
+    code_note,
     config_fields,
     is_addon_folder,
     is_old_buffer,
@@ -200,7 +202,8 @@ def load_checkpoint(
     Of an add-on folder the parent is loaded, any model of transformers, and the token group put beside its maps.
 
     An ordinary transformer's neurons are kept by token group; what `freeze` froze in the checkpoint is frozen. `keep`
-    below 1 takes the first share of each token group: a smaller size of a checkpoint that `sort` has sorted.
+    below 1 takes the first share of each token group: a smaller size of a checkpoint that `sort` has sorted. No code
+    that lies in the folder is run; where it is not this package's, a warning says so.
 
     Raises:
         GrowthError: `keep` is not a share.
@@ -211,6 +214,8 @@ def load_checkpoint(
         return _load_addon(path, dtype=dtype, keep=keep)
     config = read_config(path)
     lineage = verify_checkpoint(path)
+    if note := code_note(path):
+        warnings.warn(note, stacklevel=2)
     _check_size(path, config)
     try:
         kind = getattr(transformers, (config.architectures or [""])[0], object)

@@ -189,6 +189,31 @@ def is_old_buffer(name: str) -> bool:
     return name.endswith(("rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias"))
 
 
+def other_code(path: str | Path) -> list[str]:
+    """Name the Python files in a checkpoint's folder that are not this package's own, byte for byte.
+
+    Nothing here ever runs them; `trust_remote_code=True` elsewhere would.
+    """
+    ours = Path(__file__).parents[1] / "models"
+    found = sorted(file for file in Path(path).glob("*.py") if file.is_file())
+    return [
+        file.name
+        for file in found
+        if not (ours / file.name).is_file() or file.read_bytes() != (ours / file.name).read_bytes()
+    ]
+
+
+def code_note(path: str | Path) -> str:
+    """Say which of a checkpoint's code files are not this package's; "" where all are, or there are none."""
+    names = other_code(path)
+    if not names:
+        return ""
+    return (
+        f"{counted(len(names), 'code file')} in {path} differ from those of this package: {', '.join(names[:3])}"
+        f"{', …' if len(names) > 3 else ''}. They were not run; trust_remote_code=True would run them"
+    )
+
+
 def stored_dtype(path: str | Path) -> str | None:
     """Return the widest type of a checkpoint's weights, such as "bfloat16"; None where none is of floating point."""
     dtypes = {header.dtype for header in read_headers(path).values()}

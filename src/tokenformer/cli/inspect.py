@@ -32,7 +32,7 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds and where it came from. With --text or --prompt, also what that uses of it."""
     from ..checkpoints.facts import checkpoint_facts
-    from ..checkpoints.verify import is_addon_folder, read_lineage
+    from ..checkpoints.verify import code_note, is_addon_folder, read_lineage
     from ..errors import EvaluationError
     from .tables import group_table, lineage_table
 
@@ -65,6 +65,8 @@ def inspect(
     console.print(lineage_table(lineage))
     if lineage.weights_sha256 is not None:
         console.print(f"weights sha256 {lineage.weights_sha256}, which loading verifies", soft_wrap=True)
+    if note := code_note(checkpoint):
+        console.print(f"Note: {note}.", markup=False, soft_wrap=True)
     if text is not None or prompt is not None:
         _inspect_use(console, checkpoint, text, prompt, picture)
 
