@@ -290,7 +290,7 @@ def test_a_damaged_optimizer_file_and_a_target_that_exists(tmp_path):
         (tmp_path / "c" / "optimizer.pt").write_bytes(content)
         size = len(content)
         with pytest.raises(
-            CheckpointError, match=rf"is damaged: optimizer.pt \({size} bytes\) cannot be read \(\w+\); delete it"
+            CheckpointError, match=rf"is damaged: optimizer.pt \({size} bytes\) cannot be read \(\w+: .*\); delete it"
         ):
             rewrite(source, tmp_path / "out", drop_operation(source.config, ["more"]))
     with pytest.raises(CheckpointError, match="c exists already; choose another name, or --force"):

@@ -368,7 +368,7 @@ def empty_model(path: str | Path, config: PreTrainedConfig) -> PreTrainedModel:
 def _check_size(path: str | Path, config: PreTrainedConfig) -> None:
     """Raise CheckpointError where far more is described than the files hold: the rest would be drawn in memory."""
     model = empty_model(path, config)
-    described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    described = sum(t.numel() for name, t in model.state_dict().items() if name not in model.all_tied_weights_keys)
     held = sum(math.prod(header.shape) for header in read_headers(path).values())
     if described > 2 * held:
         raise CheckpointError(

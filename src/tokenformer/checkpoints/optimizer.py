@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 from .pickles import load_tensors
 from .verify import OPTIMIZER_FILE as OPTIMIZER_FILE
 
@@ -30,6 +30,6 @@ def load_states(checkpoint: str | Path) -> OptimizerState:
     except Exception as error:  # a damaged pickle can fail in as many ways as there are; all mean that it is damaged
         raise CheckpointError(
             f"checkpoint {checkpoint} is damaged: {OPTIMIZER_FILE} ({file.stat().st_size} bytes) cannot be read "
-            f"({type(error).__name__}: {error}); delete it to start the optimizer afresh"
+            f"({first_line(error)}); delete it to start the optimizer afresh"
         ) from error
     return dict(states)
