@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import operator
 import random
 import shutil
@@ -23,7 +24,7 @@ from tokenformer.compare.report import write_report
 from tokenformer.compare.results import Results, read_results
 from tokenformer.compare.run import compare, work
 from tokenformer.compare.tuning import tuning as search
-from tokenformer.errors import DataError
+from tokenformer.errors import DataError, RecipeError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -190,6 +191,28 @@ def test_killed_at_any_moment_gives_the_same_results(content, tmp_path, seed):
     mine, theirs = (read_results(folder / "results.jsonl") for folder in (killed, whole))
     assert {timeless(line) for line in mine[1:]} == {timeless(line) for line in theirs[1:]}
     assert not [*killed.rglob("*.partial"), *killed.rglob(".*.tmp")]
+
+
+@pytest.mark.slow
+def test_of_two_comparisons_that_begin_at_once_one_is_refused_or_both_share(content, tmp_path, monkeypatch):
+    """Rules and tokenizers are never mixed, whoever comes first."""
+    monkeypatch.setattr(running, "_run", lambda *arguments, **options: time.sleep(3) or [])
+    context, told = multiprocessing.get_context("fork"), multiprocessing.Manager().list()
+
+    def begin(folder, **changes):
+        try:
+            compare(parsed(content, **changes), tmp_path / folder, on_event=lambda event: told.append(event["event"]))
+        except RecipeError as error:
+            told.append(str(error))
+
+    for folder, other in {"refused": {"budgets": [2560, 3200], "tuning_budget": 2560}, "shared": {}}.items():
+        processes = [context.Process(target=begin, args=[folder], kwargs=changes) for changes in ({}, other)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+        assert [line["event"] for line in read_results(tmp_path / folder / "results.jsonl")] == ["recipe"]
+    assert len(told) == 2 and "the recipe differs from the one that" in told[0] and told[1] == "shared"
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from tokenformer.checkpoints.checkpoint import load_checkpoint
 from tokenformer.cli import app as cli
 from tokenformer.errors import TokenformerError
+from tokenformer.training import stage
 from tokenformer.training.log import read_log
 from tokenformer.training.recipe import parse_recipe
 from tokenformer.training.stream import StreamTrainer
@@ -170,3 +171,20 @@ def test_what_lies_beside_a_checkpoint_goes_along(content, interrupted, tmp_path
     more = {**content, "model": {"checkpoint": str(tmp_path / "start")}}
     for checkpoint in train(parse_recipe(more), tmp_path / "run"):
         assert (checkpoint / "LICENSE").read_text(encoding="utf-8") == "Free."
+
+
+def test_the_end_of_a_stage_is_logged_once_wherever_a_kill_comes(content, tmp_path, monkeypatch):
+    """Before its checkpoint is whole, or after: the log is that of a run that nobody disturbed."""
+    recipe = parse_recipe({**content, "stages": content["stages"][:1]})
+
+    def fail(*arguments, **options):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "save_checkpoint", fail)
+        with pytest.raises(ZeroDivisionError):
+            train(recipe, tmp_path / "run")
+    assert [event["event"] for event in read_log(tmp_path / "run")].count("end") == 1
+    train(recipe, tmp_path / "run", resume=True)
+    assert [event["event"] for event in read_log(tmp_path / "run")][-2:] == ["stage", "end"]
+    assert [event["event"] for event in read_log(tmp_path / "run")].count("end") == 1

@@ -51,8 +51,8 @@ class Log:
         if not self.path.exists():
             return {}
         kept = [e for e in read_log(self.path.parent) if (e.get("stage", 0), e.get("step", 0)) <= (stage, step)]
-        if step == 0:
-            kept = [e for e in kept if e.get("stage", 0) < stage]
+        # Its end was logged where a kill came before its checkpoint was whole.
+        kept = [e for e in kept if e.get("stage", 0) < stage or (step > 0 and e["event"] != "end")]
         if self.enabled:
             with replacing_file(self.path, force=True) as file:
                 file.write_text("".join(json.dumps(e, allow_nan=False) + "\n" for e in kept), encoding="utf-8")

@@ -133,6 +133,8 @@ def run_stage(
         **found,
     )
 
+    watcher.emit("end", settings.steps, **found)  # before the checkpoint is there, after which nobody would say it
+
     def add_files(folder: Path) -> None:
         torch.save(states, folder / OPTIMIZER_FILE)
         if parent is not None and not addon:  # what loads an add-on loads its parent
@@ -144,7 +146,6 @@ def run_stage(
     elif log.enabled:
         save_checkpoint(target, model.to("cpu"), data.processor, lineage, extra=add_files)
     processes().wait_for_everyone()
-    watcher.emit("end", settings.steps, **found)
     return model
 
 
