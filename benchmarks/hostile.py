@@ -466,9 +466,7 @@ def _attack(name: str, corpus: Path, place: Path, inputs: int, seed: int) -> dic
         for part in (kind.file.partition("/")[0], *kind.beside):
             copy = shutil.copytree if (corpus / part).is_dir() else shutil.copyfile
             copy(corpus / part, folder / part)
-        (folder / kind.file).with_name("lineage.json").unlink(
-            missing_ok=True
-        )  # whose digests would tell of every change
+        (folder / kind.file).with_name("lineage.json").unlink(missing_ok=True)
         content = kind.change(draw, original)
         (folder / kind.file).write_bytes(content)
         outcome = judge(lambda: kind.read(folder), watch, folder, size=len(content))
