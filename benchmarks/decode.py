@@ -15,6 +15,8 @@ ratio inside the round, with quartiles. The rules stood before the first result:
     int8         text tokens a second with int8 weights over those in float32: asked 2
     llama.cpp    text tokens a second of SmolLM2 with int8 weights on OpenVINO over llama.cpp's: asked 0.9
     batch 8      text tokens a second of 8 sequences over those of one, in float32: asked 4
+    closed gates text tokens a second of SmolLM2 in eager PyTorch with 64 parameter tokens beside every linear map and
+                 the gate of the whole sequence closed, over those without: asked 0.9
     prompt       floating-point operations a second of reading 512 text tokens in float32, attention and the head of
                  the last one included, over those of a product of 2,048 × 2,048 matrices: asked 0.7
 
@@ -40,15 +42,16 @@ from layer import RESULTS, goal, machine, write
 from llamacpp import LlamaCpp, requantise
 from torch import Tensor
 
-from tokenformer import ExportedForCausalLM, TokenformerConfig, TokenformerForCausalLM, export, load
+from tokenformer import ExportedForCausalLM, TokenformerConfig, TokenformerForCausalLM, export, grow, load
 from tokenformer.data.tokenizer import make_tokenizer
+from tokenformer.growth.sequence import add_sequence_gate
 from tokenformer.quiet import quiet_libraries
 
 FOLDER = Path("runs/decode")
 PRESETS = {"paper": "124m", "ffn": "124m-ffn"}
 PROMPT, NEW, BATCH, LONG = 8, 32, 8, 512
 BUFFER_BYTES, PRODUCT = 512 * 2**20, 2048
-GOALS = {"bandwidth": 0.80, "int8": 2.0, "llama.cpp": 0.9, "batch 8": 4.0, "prompt": 0.7}
+GOALS = {"bandwidth": 0.80, "int8": 2.0, "llama.cpp": 0.9, "batch 8": 4.0, "prompt": 0.7, "closed gates": 0.9}
 Times = dict[str, list[float]]
 
 
@@ -203,14 +206,27 @@ def measure_llama(threads: int, count: int) -> dict[str, Any]:
     if not file.exists():
         (original,) = smollm2.CACHE.rglob("*.gguf")
         requantise(original, file)
+    (parent, _, _), (gated, _, _) = load(smollm2.MODEL), load(smollm2.MODEL)
+    grow(gated, at="all-linear", tokens=64, name="more")
+    add_sequence_gate(gated, "more", torch.zeros(1, gated.config.hidden_size), -torch.ones(1))
     other = LlamaCpp(file, FOLDER / "llama.cpp", threads=threads)
     prompt = torch.randint(300, 400, (PROMPT,)).tolist()
     try:
         with torch.inference_mode():
-            times = rounds({"int8": decoding(model), "llama.cpp": lambda: other.decode(prompt, NEW)}, count)
+            arms: dict[str, Callable[[], Any]] = {
+                "int8": decoding(model),
+                "llama.cpp": lambda: other.decode(prompt, NEW),
+                "eager": decoding(parent),
+                "gates closed": decoding(gated),
+            }
+            times = rounds(arms, count)
     finally:
         other.close()
-    return {"llama.cpp": figure("llama.cpp", over(times, "llama.cpp", "int8")), **facts(times)}
+    return {
+        "llama.cpp": figure("llama.cpp", over(times, "llama.cpp", "int8")),
+        "closed gates": figure("closed gates", over(times, "eager", "gates closed")),
+        **facts(times),
+    }
 
 
 def facts(times: Times) -> dict[str, Any]:

@@ -251,6 +251,7 @@ DECODING = {
     "int8": "int8 beside float32, text tokens a second",
     "batch 8": "8 sequences beside one, text tokens a second",
     "prompt": "prompt of 512 text tokens: share of the speed of a matrix product",
+    "closed gates": "tokens beside every map, the sequence's gate closed, beside none: text tokens a second",
     "llama.cpp": "SmolLM2-135M in int8 beside llama.cpp's Q8_0, text tokens a second",
 }
 ARMS = {

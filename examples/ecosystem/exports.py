@@ -25,6 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "by 3 beams": {"do_sample": False, "num_beams": 3},
     "sampled": {"do_sample": True, "top_k": 20},
 }
+ROWS = {"openvino": "OpenVINO", "onnx": "ONNX, ONNX Runtime", "executorch": "ExecuTorch, XNNPACK"}
 LIMITS = {
     "openvino": "holds one text at a time, so no assisted decoding. optimum-intel not tried: 2.2 wants transformers "
     "below 5.6",
@@ -90,7 +91,7 @@ def main() -> None:
             figures[weights or "float32"] = asdict(written) | {"text": str(source)}
         record(
             args.results,
-            engine.title,
+            ROWS[name],
             packages=["transformers", "torch", *(package.replace("_", "-") for package in engine.packages)],
             ran="tokenformer export and generate, on a CPU",
             result="; ".join(told),

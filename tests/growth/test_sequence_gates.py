@@ -57,6 +57,16 @@ def test_sequences_are_told_apart_and_closed_ones_are_the_parents_to_the_bit(kin
 
 
 @torch.no_grad()
+def test_where_gates_are_closed_the_groups_are_not_touched(monkeypatch):
+    parent, _, routed = taught()
+    for layer in sites(routed).values():
+        monkeypatch.setattr(layer, "forward", None)
+    assert torch.equal(routed(input_ids=ids(HIGH)).logits, parent(input_ids=ids(HIGH)).logits)
+    with pytest.raises(TypeError):
+        routed(input_ids=ids(LOW))
+
+
+@torch.no_grad()
 def test_generation_keeps_to_the_decision():
     parent, always, routed = taught()
     prompts = torch.cat([ids(HIGH)[:1], ids(LOW)[:1]])

@@ -42,6 +42,11 @@ class SequenceGate(nn.Module):
         self.is_open: Tensor | None = None
         self.given: bool | Sequence[bool] | None = None
 
+    @property
+    def is_shut(self) -> bool:
+        """Whether the group takes part in no sequence."""
+        return self.is_open is not None and not self.is_open.any()
+
     def keep_to(self, rows: int) -> bool:
         """Keep to the last decision for `rows` sequences, several of each that there were in beam search, if it can."""
         if self.is_open is None or rows % len(self.is_open):
@@ -66,6 +71,11 @@ class Follower(nn.Module):
     def __init__(self, gate: SequenceGate) -> None:
         super().__init__()
         self.follows = [gate]  # in a list, so that it is no submodule and is saved once
+
+    @property
+    def is_shut(self) -> bool:
+        """Whether the group takes part in no sequence."""
+        return self.follows[0].is_shut
 
     def forward(self, x: Tensor) -> Tensor:
         """Return for `x` `[B, *, D]`, or `[B · T, D]`, a score `[*, 1]` that is positive where the sequence is open."""

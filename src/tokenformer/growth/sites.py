@@ -107,10 +107,20 @@ def _add_tokens(
     """Forward hook of a site: add what its token groups give."""
     x = arguments[0] if arguments else next(iter(keywords.values()))
     layer: Any = linear._modules[CHILD]
+    if output is not None and _is_shut(layer):
+        return output
     dtype = next(layer.parameters()).dtype
     if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):  # a quantised map reads what it likes
         x = x.to(dtype)
     return layer(x) if output is None else output + layer(x).to(output.dtype)
+
+
+def _is_shut(layer: Any) -> bool:
+    """Whether gates of whole sequences have left out all groups of a site, which then cost nothing."""
+    gates = layer.gates
+    if torch.compiler.is_compiling():  # a graph cannot ask
+        return False
+    return len(gates) == len(layer.groups) and all(getattr(gate, "is_shut", False) for gate in gates.values())
 
 
 def sizes_of(module: nn.Module) -> tuple[int, int] | None:

@@ -120,10 +120,9 @@ def find_engine(name: str, weights: str | None = None) -> Engine:
             f"{engine.title} has no {weights!r} weights here; it has {', '.join(engine.weights)}, and float32 where "
             "nothing is asked for"
         )
-    needed = [*engine.packages, *(engine.weights[weights][0] if weights else ())]
-    missing = [package for package in needed if find_spec(package) is None]
+    also = engine.weights[weights][0] if weights else ()
+    missing = [package for package in (*engine.packages, *also) if find_spec(package) is None]
     if missing:
-        raise MissingExtraError(
-            f"{engine.title} needs {', '.join(missing)}, not installed here: pip install 'tokenformer[{engine.extra}]'"
-        )
+        command = " ".join(["pip install", f"'tokenformer[{engine.extra}]'", *also])
+        raise MissingExtraError(f"{engine.title} needs {', '.join(missing)}, not installed here: {command}")
     return engine
