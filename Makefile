@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install locked lint test test-all docs demo benchmark decode compare compare-quick race smollm2 continual ecosystem torture clean
+.PHONY: install locked lint test test-all docs demo benchmark decode compare compare-quick race smollm2 continual see-and-speak ecosystem torture clean
 
 ECOSYSTEM := examples/ecosystem
 CHECKPOINT := runs/ecosystem/stage2
@@ -114,6 +114,11 @@ smollm2: install
 # A small model learns one text after another by four means; about half an hour.
 continual: install
 	$(BIN)/python benchmarks/continual.py
+	$(BIN)/python benchmarks/readme.py
+
+# A bridge between what writes and what sees, beside LLaVA's projector and full fine-tuning; about an hour.
+see-and-speak: install
+	$(BIN)/python benchmarks/see_and_speak.py
 	$(BIN)/python benchmarks/readme.py
 
 # 200 kills at random moments, and 10,000 files that want to do harm; about an hour on two cores.

@@ -11,6 +11,7 @@ from typing import Any
 
 import compare
 import continual
+import see_and_speak
 import smollm2
 
 ROOT = Path(__file__).parent.parent
@@ -284,12 +285,32 @@ def decoding() -> str:
     return "\n".join([*rows, "", *speeds])
 
 
+def seeing() -> str:
+    """Return what ways to make a language model see have come to, with the most training that all were given."""
+    file = RESULTS / "see_and_speak.jsonl"
+    measured = lines("see_and_speak") if file.exists() else []
+    whole = [
+        share
+        for share in {line["share"] for line in measured}
+        if {line["arm"] for line in measured if line["share"] == share} == set(see_and_speak.GRIDS)
+    ]
+    if not whole:
+        return "Not measured yet: `make see-and-speak` does, in about an hour of one idle core."
+    found = [line for line in measured if line["share"] == max(whole)]
+    of = "" if max(whole) == 1 else f"A first look, with {max(whole):.0%} of all training. "
+    return (
+        f"{of}Each way learned from {found[0]['images']:,} images:\n\n{see_and_speak.table(found)}\n\n"
+        "![What the bridge has learned to say of held-out images](../benchmarks/results/see_and_speak.png)"
+    )
+
+
 PAGES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (costs,),
     "docs/compare.md": (racing, comparisons, attending),
     "docs/ecosystem.md": (ecosystem, convert),
     "docs/fast.md": (decoding,),
     "docs/results/knowledge.md": (merging, smollm2_results, continual_results, routing),
+    "docs/see-and-speak.md": (seeing,),
     "docs/results/speed.md": (demo, benchmarks, rewriting, preparing, installing),
 }
 

@@ -18,6 +18,7 @@ from .growth.importance import watched_weights
 from .growth.layout import TokenMap
 from .growth.neurons import group_neurons
 from .growth.operations import read_groups
+from .models.names import TEXT
 from .models.ternary import ternary
 from .units import counted
 
@@ -194,7 +195,8 @@ def promotes(
     if {g.name: g.weights for g in token_groups(model.config)}[group] == "ternary":
         values = ternary(values)
     value = values[:, index] * math.copysign(1.0, weight)
-    norm = row.final_norm_of(model)
+    norm: Any = row.final_norm_of(model)
+    norm = getattr(norm, TEXT, norm)  # of a model that reads images, too
     if norm is not None:
         value = norm(value) - norm(torch.zeros_like(value))
     logits = nn.functional.linear(value, model.get_output_embeddings().weight)

@@ -12,6 +12,7 @@ from tiny_models import close, images, tiny, tiny_vision, tokens, two_groups
 
 from tokenformer import consolidate, drop, grow, merge, prune, route
 from tokenformer.errors import GrowthError
+from tokenformer.explain import explain
 from tokenformer.growth.freeze import trainable_parts
 
 
@@ -115,6 +116,15 @@ def test_operations_on_groups_keep_modalities_apart():
     prune(pruned, datasets.Dataset.from_list([{"input_ids": ids[0].tolist()}]), keep=0.5)
     assert {gate.modality for gate in pruned.model.layers[0].mlp.gates.values()} == {"text", "image", "both"}
     assert pruned(prompt(both, ids), pixel_values=pixels).logits.isfinite().all()
+
+
+def test_a_prompt_is_explained_by_what_takes_part():
+    language, _, both = united("paper")
+    ids = tokens(1, 5)
+    found, expected = explain(both, ids), explain(language, ids)
+    assert (found.target, found.logit) == (expected.target, expected.logit)
+    assert {place: value for place, value in found.total.items() if value} == expected.total
+    assert found.top == expected.top
 
 
 @pytest.mark.parametrize(
