@@ -3,9 +3,9 @@
 Shape legend: `*` any leading dimensions, D `in_features`, E `out_features`.
 
 Weights have one scale, the mean of their sizes; every row of inputs has its own. The numbers are those of transformers'
-`AutoBitLinear(online_quant=True)`, to the bit. That class is compiled when it runs, for which it wants a C++ compiler,
-and after a few shapes by kernels that add up in another order: growing would move the scale of the old tokens. As
-elsewhere, products are of floating-point numbers that happen to be whole multiples of a scale.
+`AutoBitLinear(online_quant=True)`, to the bit where that is not compiled. It compiles itself when it runs, for which it
+wants a C++ compiler, and then adds up in another order. As there, products are of floating-point numbers that happen to
+be whole multiples of a scale.
 """
 
 from __future__ import annotations
