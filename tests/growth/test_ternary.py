@@ -1,9 +1,10 @@
 """Operations on ternary token groups, and packing them: what stays to the bit, and what is refused in which words."""
 
+import datasets
 import pytest
 import torch
 from group_operations import logits, ordinary, train
-from tiny_models import SIZES, tiny
+from tiny_models import SIZES, tiny, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -134,6 +135,23 @@ def test_a_packed_checkpoint_computes_the_same_in_a_sixteenth_of_the_bytes(tmp_p
     less, _, _ = load(tmp_path / "less")
     drop(model, ["more"])
     assert torch.equal(logits(less), logits(model))
+
+
+def test_gates_close_and_open_a_packed_group():
+    model = tiny("ffn", weights="ternary", num_hidden_layers=1)
+    without = logits(model)
+    grow(model, ffn_param_tokens="+8", name="more")
+    layer = model.model.layers[0].mlp
+    nn.init.normal_(layer.groups.more.keys.weight)
+    pack(model)
+    with_it = logits(model)
+    text = [datasets.Dataset.from_dict({"input_ids": (tokens() // part).tolist()}) for part in (1, 2)]
+    route(model, "more", *text)
+    for bias, wanted in ((1.0, with_it), (-1.0, without)):
+        nn.init.zeros_(layer.gates.more.weight)
+        nn.init.constant_(layer.gates.more.bias, bias)
+        assert torch.equal(logits(model), wanted)
+    assert not torch.equal(with_it, without)
 
 
 def test_a_packed_llama_is_an_ordinary_one_of_ternary_numbers(tmp_path):

@@ -216,7 +216,7 @@ def _fit(
     for (place, layer), positive, negative in zip(layers.items(), *rows, strict=True):
         weight, bias = _logistic_regression(positive, negative)
         shares.append([(x @ weight + bias > 0).float().mean().item() for x in (positive, negative)])
-        like = next(layer.parameters())
+        like = layer.like
         gates[place] = weight.to(like)[None], torch.tensor([bias]).to(like)
     return gates, Routing(*torch.tensor(shares).mean(0).tolist())
 

@@ -158,8 +158,8 @@ class Pattention(nn.Module):
         return list(self.groups.values())  # type: ignore[arg-type]
 
     @property
-    def _first(self) -> Tensor:
-        """The first parameter; where all maps are packed the first scale."""
+    def like(self) -> Tensor:
+        """A tensor of the device and type that new parameters get: the first, or where all maps are packed a scale."""
         return next(t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
 
     @torch.no_grad()
@@ -204,7 +204,7 @@ class Pattention(nn.Module):
                 "and takes it from the old ones; grow an l2_norm_gelu or gelu_l2_norm layer instead"
             )
         if device is None or dtype is None:
-            device, dtype = device or self._first.device, dtype or self._first.dtype
+            device, dtype = device or self.like.device, dtype or self.like.dtype
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         std = self.stds["value_std" if zero == "keys" else "key_std"]
         sizes = (self.in_features, self.out_features, num_tokens)
@@ -224,11 +224,11 @@ class Pattention(nn.Module):
         """
         if name not in self.groups:
             raise ValueError(f"there is no token group {name!r} to route; there are {', '.join(self.groups) or 'none'}")
-        self.gates[name] = Gate(self.in_features, device=self._first.device, dtype=self._first.dtype)
+        self.gates[name] = Gate(self.in_features, device=self.like.device, dtype=self.like.dtype)
 
     def add_scale(self, name: str) -> None:
         """Scale the outputs in the loops that came with token group `name`, which `loops` has."""
-        self.scales[name] = LoopScale(self.out_features, device=self._first.device, dtype=self._first.dtype)
+        self.scales[name] = LoopScale(self.out_features, device=self.like.device, dtype=self.like.dtype)
 
     def forward(self, x: Tensor, loop: int = 0) -> Tensor:
         """Project `x` `[*, D]` to `[*, E]`, same dtype (autocast's dtype under autocast), in one loop of the model."""
