@@ -54,13 +54,14 @@ def text(tmp_path_factory):
 
 
 def small(kind: str):
-    """Two blocks whose parameter tokens are in two groups."""
+    """A block that runs twice, whose parameter tokens are in two groups, and in a third that the second loop reads."""
     sizes = {"vocab_size": len(TOKENIZER), "num_hidden_layers": 1, "eos_token_id": None, "bos_token_id": None}
     model = tiny_models.make(kind, **sizes)
     grow(model, ffn_param_tokens="+16", name="more")
+    grow(model, ffn_param_tokens="+8", num_loops=2, name="again")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".more." in name:
+            if ".more." in name or ".again." in name:
                 parameter.normal_(std=0.2)
     return model
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from ..units import counted
+from ..units import counted, looped
 from .engines import ENGINES
 
 _CARD = """\
 # A {kind} for {engine}
 
-A language model with {weights} weights, {depth} of width {width}, vocabulary {vocabulary:,}, context {context:,} text
-tokens. `tokenformer export --to {to}` wrote it; `lineage.json` tells what it was made from.
+A language model with {weights} weights, {depth} of width {width}{loops}, vocabulary {vocabulary:,}, context
+{context:,} text tokens. `tokenformer export --to {to}` wrote it; `lineage.json` tells what it was made from.
 
 ## Run it
 
@@ -80,6 +80,7 @@ def export_card(config: PreTrainedConfig, written: Exported) -> str:
         engine=engine.title,
         weights=written.weights,
         depth=counted(config.num_hidden_layers, "block"),
+        loops=looped(getattr(config, "num_loops", 1)),
         width=config.hidden_size,
         vocabulary=config.vocab_size,
         context=config.max_position_embeddings,

@@ -137,7 +137,7 @@ def _united(model: PreTrainedModel) -> PreTrainedModel:
         return plain.eval()
     united = copy.deepcopy(model).float().eval()
     united.config.frozen = []
-    names = [group.name for group in token_groups(united.config) if not group.routed and not group.blocks]
+    names = [group.name for group in token_groups(united.config) if not group.routed and not group.brought]
     with suppress(GrowthError):  # one cannot do what they do, or there is one: they are slower apart, and the same
         consolidate(united, names)
     return united

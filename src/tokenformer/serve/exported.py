@@ -130,6 +130,6 @@ def _empty_cache(config: Any, rows: int) -> DynamicCache:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = DynamicCache()
-    for block in range(config.num_hidden_layers):
+    for block in range(config.get_text_config(decoder=True).num_hidden_layers):
         cache.update(torch.zeros(rows, heads, 0, size), torch.zeros(rows, heads, 0, size), block)
     return cache

@@ -30,7 +30,8 @@ def trace(model: PreTrainedModel, to: str, weights: str | None = None) -> Export
     batch = torch.export.Dim.AUTO(max=engine.max_batch)
     text = torch.export.Dim.AUTO(max=model.config.max_position_embeddings)
     shapes: dict[str, Any] = {name: {0: batch, 1: text} for name in ("input_ids", "attention_mask", "position_ids")}
-    shapes["past_key_values"] = [{0: batch, 2: text}] * (2 * model.config.num_hidden_layers)
+    cached = model.config.get_text_config(decoder=True).num_hidden_layers  # a looped block as often as it runs
+    shapes["past_key_values"] = [{0: batch, 2: text}] * (2 * cached)
     shapes["logits_to_keep"] = {0: text}
     inputs = _example(model)
     if engine.computes_all_logits:
