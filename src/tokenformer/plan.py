@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from transformers import AutoConfig
 
 from . import cost
-from .growth.architectures import architecture_of
+from .growth.architectures import row_of
 from .sections import Section, read_sections
 from .training.log import read_log
 from .training.model import ModelSection
@@ -118,7 +118,13 @@ class PlannedModel(Section):
         given = self.model is not None, bool(self.text_tokens)
         if given != ((True, True) if self.run is None else (False, False)):
             raise ValueError("give model and text_tokens, or run: the folder of a training run")
-        if architecture_of(self.config).auto != "AutoModelForCausalLM":
+        row = row_of(self.config)
+        if row is None:
+            raise ValueError(
+                f"{self.label} is a {self.config.model_type!r} model, of which FLOPs can be counted and not computed: "
+                "plans are of architectures in the table, with linear maps"
+            )
+        if row.auto != "AutoModelForCausalLM":
             raise ValueError(f"{self.label} reads images; plans count text tokens, and are of models that read text")
         return self
 

@@ -174,3 +174,8 @@ def test_architectures_are_compared_and_grow_at_their_maps(tmp_path):
     assert all(growth["logits_equal"] for run in runs for growth in run["growths"])
     grown = next(run for run in runs if run["arm"] == "Mamba-2" and run["growths"])
     assert grown["parameters"] == grown["growths"][0]["parameters_after"] > grown["growths"][0]["parameters_before"]
+
+
+def test_what_no_plan_can_compute_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"is a 'xlstm' model, of which FLOPs can be counted and not computed"):
+        PARSERS["plan"](model("xlstm", vocab_size=64), tmp_path)
