@@ -165,8 +165,8 @@ def test_equal_text_and_parameters_are_called_equal():
         ({"grown": [{"model": {"hiden_size": 8}, "text_tokens": 1}]}, "no 'hiden_size'; did you mean 'hidden_size'?"),
         ({"grown": [{"model": {"architectures": "gpt2"}, "text_tokens": 1}]}, "models have no 'architectures'"),
         (
-            {"grown": [{"model": {"architecture": "bert"}, "text_tokens": 1}]},
-            "there is no architecture 'bert'; there are",
+            {"grown": [{"model": {"architecture": "vit"}, "text_tokens": 1}]},
+            "there is no architecture 'vit'; there are",
         ),
         ({"scratch": [{"model": {"architecture": "opt", "preset": "1m"}, "text_tokens": 1}]}, "take out preset"),
         ({"grown": [{"model": {**TINY, "num_attention_heads": 3}, "text_tokens": 1}]}, "make no model: hidden_size 32"),

@@ -28,6 +28,7 @@ ATTENTION = {
     "vit": "query|value|q_proj|v_proj",
     "t5": "q|v",
     "mamba2": "in_proj",
+    "xlstm": "q|v",
 }
 
 
