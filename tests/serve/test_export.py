@@ -53,12 +53,12 @@ def text(tmp_path_factory):
     return str(file)
 
 
-def small(kind: str):
-    """A block that runs twice, whose parameter tokens are in two groups, and in a third that the second loop reads."""
-    sizes = {"vocab_size": len(TOKENIZER), "num_hidden_layers": 1, "eos_token_id": None, "bos_token_id": None}
-    model = tiny_models.make(kind, **sizes)
+def small(kind: str, *, looped: bool = False):
+    """A block whose parameter tokens are in two groups; `looped`: that runs twice, with a third in the second loop."""
+    model = tiny_models.make(kind, vocab_size=len(TOKENIZER), num_hidden_layers=1, eos_token_id=None)
     grow(model, ffn_param_tokens="+16", name="more")
-    grow(model, ffn_param_tokens="+8", num_loops=2, name="again")
+    if looped:
+        grow(model, ffn_param_tokens="+8", num_loops=2, name="again")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".more." in name or ".again." in name:
@@ -131,14 +131,14 @@ def test_another_model_than_the_one_that_was_given_is_not_written(made, text, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", INSTALLED)
-@pytest.mark.parametrize("kind", ["ffn", "routed", "llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["ffn", "routed", "looped", "llama", "gpt2"])
 def test_other_models_are_exported_likewise(kind, to, text, tmp_path):
     if kind in ("llama", "gpt2"):
         model = zoo.make(kind)
         model.resize_token_embeddings(len(TOKENIZER))
         grow(model, ffn_param_tokens="+16", name="more")
     else:
-        model = small("ffn" if kind == "ffn" else "paper")
+        model = small("ffn" if kind == "ffn" else "paper", looped=kind == "looped")
     if kind == "routed":
         for layer in model.pattention_layers["ffn"]:
             layer.add_gate("more")
