@@ -121,6 +121,12 @@ see-and-speak: install
 	$(BIN)/python benchmarks/see_and_speak.py
 	$(BIN)/python benchmarks/readme.py
 
+# SmolLM2 learns three domains one after the other by seven means, with three seeds; about 40 hours of a core.
+.PHONY: forgetting
+forgetting: install
+	$(BIN)/python benchmarks/forgetting.py
+	$(BIN)/python benchmarks/readme.py
+
 # 200 kills at random moments, and 10,000 files that want to do harm; about an hour on two cores.
 torture: install
 	$(BIN)/python benchmarks/torture.py

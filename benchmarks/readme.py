@@ -11,8 +11,10 @@ from typing import Any
 
 import compare
 import continual
+import forgetting
 import see_and_speak
 import smollm2
+import teach
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -155,6 +157,11 @@ def smollm2_results() -> str:
 def continual_results() -> str:
     """Return the texts after every step, and the learning rates that were tried."""
     return f"{continual.results_table(lines('continual'))}\n\nTuning:\n\n" + continual.tuning_table(lines("continual"))
+
+
+def forgetting_results() -> str:
+    """Return what was learned and forgotten on SmolLM2, so far as that has been run."""
+    return forgetting.report(teach.lines(RESULTS / "forgetting.jsonl"))
 
 
 def routing() -> str:
@@ -309,7 +316,7 @@ PAGES: dict[str, tuple[Callable[[], str], ...]] = {
     "docs/compare.md": (racing, comparisons, attending),
     "docs/ecosystem.md": (ecosystem, convert),
     "docs/fast.md": (decoding,),
-    "docs/results/knowledge.md": (merging, smollm2_results, continual_results, routing),
+    "docs/results/knowledge.md": (merging, smollm2_results, continual_results, routing, forgetting_results),
     "docs/see-and-speak.md": (seeing,),
     "docs/results/speed.md": (demo, benchmarks, rewriting, preparing, installing),
 }

@@ -225,7 +225,7 @@ def experiment(given: argparse.Namespace, settings: Settings) -> None:
     """Run every case that the results lack."""
     for purpose in ("measurement",) if given.quick else ("measurement", "tuning"):
         run_case(given, arm="before", purpose=purpose)
-    half = {"seed": TUNING_SEED, "steps": settings.steps // 2}
+    half: dict[str, Any] = {"seed": TUNING_SEED, "steps": settings.steps // 2}
     rates = {arm: tuned(given, arm, tried, LEARNED, **half) for arm, tried in LEARNING_RATES.items()}
     for seed in settings.seeds:
         for arm, rate in rates.items():

@@ -150,13 +150,19 @@ def append(results: Path, rows: list[Line], *, packages: list[str]) -> None:
         stream.write("".join(json.dumps(row | facts, ensure_ascii=False) + "\n" for row in rows))
 
 
-def arguments(description: str, results: Path) -> argparse.Namespace:
-    """Read the command line of an experiment whose results belong into `results`, and prepare this process."""
+def arguments(description: str, results: Path, *, tokens: int | None = None) -> argparse.Namespace:
+    """Read the command line of an experiment whose results belong into `results`, and prepare this process.
+
+    `tokens`: the text tokens to learn each text with by default, where there may be others, and first looks.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, help=f"JSONL file to append to; default {results}")
     parser.add_argument("--quick", action="store_true", help="tiny steps, one seed, no tuning; needs --results")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--case", type=json.loads, help="one case as JSON: what the script starts itself with")
+    if tokens is not None:
+        parser.add_argument("--tokens", type=int, default=tokens, help=f"to learn each text with; default {tokens}")
+        parser.add_argument("--first-look", action="store_true", help="one seed, the middle learning rates")
     given = parser.parse_args()
     if given.quick and given.results is None:
         parser.error("--quick needs --results: its figures do not belong among the others")
@@ -172,15 +178,21 @@ def run_case(given: argparse.Namespace, **case: Any) -> list[Line]:
         print(json.dumps(case), flush=True)
         command = [sys.executable, "-W", "ignore", sys.argv[0], "--case", json.dumps(case)]
         command += ["--results", str(given.results), "--threads", str(given.threads)]
-        subprocess.run([*command, *(["--quick"] if given.quick else [])], check=True)
+        kinds = [f"--{kind.replace('_', '-')}" for kind in ("quick", "first_look") if getattr(given, kind, False)]
+        subprocess.run([*command, *kinds], check=True)
     return matching(lines(given.results), **case)
 
 
-def tuned(given: argparse.Namespace, arm: str, rates: Sequence[float], text: str, **case: Any) -> float:
-    """Try each of an arm's learning rates, and return the best on `text`; the middle one if all is quick."""
-    if given.quick:
+def tuned(
+    given: argparse.Namespace, arm: str, rates: Sequence[float], text: str, *, field: str = "arm", **case: Any
+) -> float:
+    """Try each of an arm's learning rates, and return the best on `text`; the middle one if all is quick.
+
+    `field`: under which a case names its arm.
+    """
+    if given.quick or getattr(given, "first_look", False):
         return rates[len(rates) // 2]
-    runs = [run_case(given, arm=arm, purpose="tuning", learning_rate=rate, **case)[0] for rate in rates]
+    runs = [run_case(given, **{field: arm}, purpose="tuning", learning_rate=rate, **case)[0] for rate in rates]
     return min(runs, key=lambda run: run["bits_per_byte"][text])["learning_rate"]
 
 
