@@ -11,7 +11,7 @@ import pytest
 import torch
 import zoo
 from group_operations import run_and_kill
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mamba2ForCausalLM
 from typer.testing import CliRunner
 
 from tokenformer import drop, load
@@ -19,7 +19,7 @@ from tokenformer.checkpoints.beside import read_addon
 from tokenformer.checkpoints.verify import read_lineage
 from tokenformer.cli import app as cli
 from tokenformer.data.tokenizer import make_tokenizer
-from tokenformer.errors import CheckpointError, GrowthError, RecipeError
+from tokenformer.errors import CheckpointError, GrowthError, RecipeError, TokenizerError
 from tokenformer.growth.beside import names_beside
 from tokenformer.training.log import read_log
 from tokenformer.training.recipe import parse_recipe
@@ -146,6 +146,32 @@ def test_what_a_recipe_may_begin_with(place, trained, tmp_path):
         parse_recipe({**content, "model": {"preset": "1m-modern"}})
     with pytest.raises(RecipeError, match="is an add-on; name its parent"):
         train({**content, "model": {"checkpoint": str(trained / "stage1")}}, tmp_path / "run")
+
+
+def test_the_parent_brings_the_tokenizer(place, tmp_path):
+    AutoModelForCausalLM.from_pretrained(place / "parent").save_pretrained(tmp_path / "bare")
+    with pytest.raises(TokenizerError, match="bare has no tokenizer, and an add-on takes that of its parent"):
+        train({**recipe(place, A), "model": {"checkpoint": str(tmp_path / "bare")}}, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mamba2", "from random weights"])
+def test_models_outside_the_table_and_models_of_the_recipe(place, tmp_path, kind):
+    content = recipe(place, {"text_tokens": 256, "at": "in_proj|q_proj", "tokens": 4, "name": "first"})
+    if kind == "mamba2":
+        config = zoo.make("mamba2").config
+        config.vocab_size = 257
+        Mamba2ForCausalLM(config).save_pretrained(tmp_path / "parent")
+        make_tokenizer("bytes", datasets.Dataset.from_dict({"text": []})).save_pretrained(tmp_path / "parent")
+        content["model"] = {"checkpoint": str(tmp_path / "parent")}
+    else:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+        content["model"] = {"architecture": "llama", **sizes}
+        content["data"]["tokenizer"] = "bytes"
+        content["stages"].insert(0, {"text_tokens": 256})
+    *_, last = train(content, tmp_path / "run")
+    model, tokenizer, lineage = load(last)
+    assert names_beside(model) == ["first"] and tokenizer is not None and lineage.last.operation == "train"
 
 
 def test_an_add_on_without_history_still_loads(trained, tmp_path):

@@ -168,6 +168,11 @@ def prepare_text(recipe: Recipe, run: Path, config: PreTrainedConfig | None) -> 
     _check_reads_text(config.model_type if config else recipe.model.architecture, where=str(initial or "model"))
     if config is not None and initial is not None:
         tokenizer = load_tokenizer(initial, config)
+        if tokenizer is None and any(stage.at is not None for stage in recipe.stages):
+            raise TokenizerError(
+                f"{initial} has no tokenizer, and an add-on takes that of its parent: save the one that the model was "
+                "trained with beside it"
+            )
     data = prepare(
         recipe.data,
         sequence_length=recipe.training.sequence_length,
