@@ -145,6 +145,10 @@ def test_other_models_are_exported_likewise(kind, to, text, tmp_path):
             layer.gates["more"].weight.normal_()
         model.config.token_groups[1]["routed"] = True
     model.generation_config.eos_token_id = None
+    if (kind, to) == ("gpt2", "executorch"):
+        with pytest.raises(ConversionError, match="cannot take a GPT2LMHeadModel"):
+            export(model, TOKENIZER, tmp_path / "out", to=to, text=text)
+        return
     export(model, TOKENIZER, tmp_path / "out", to=to, text=text)
     ways = WAYS["greedy"]
     assert torch.equal(generated(ExportedForCausalLM.from_pretrained(tmp_path / "out"), ways), generated(model, ways))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import redirect_stdout, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from ..checkpoints.files import check_target, replacing_folder
 from ..checkpoints.lineage import Lineage
 from ..checkpoints.verify import CARD_FILE, LINEAGE_FILE
 from ..data.blocks import text_blocks
-from ..errors import ConversionError, GrowthError
+from ..errors import ConversionError, GrowthError, TokenformerError, first_line
 from ..growth.architectures import ARCHITECTURES, architecture_of, auto_class, token_groups
 from ..growth.beside import names_beside
 from ..growth.groups import consolidate
 from ..growth.sequence import sequence_gates
 from ..quiet import without_bars, without_logs
 from .card import Exported, export_card
-from .engines import find_engine
+from .engines import ENGINES, find_engine
 from .exported import ExportedForCausalLM
 from .trace import trace
 
@@ -87,7 +87,7 @@ def export(
     length = min(_BLOCK_LENGTH, model.config.max_position_embeddings)
     blocks = text_blocks(text, tokenizer, block_length=length, text_tokens=_TEXT_TOKENS)["input_ids"]
     plain = _united(model)
-    with without_logs(), redirect_stdout(io.StringIO()):  # torch.onnx and NNCF tell of every step
+    with _engine_errors(to, plain), without_logs(), redirect_stdout(io.StringIO()):  # which tell of every step
         graph = trace(plain, to, weights)
     with replacing_folder(Path(path), force=force) as folder:
         graph.save_pretrained(folder)
@@ -96,7 +96,8 @@ def export(
         tokenizer.save_pretrained(folder)
         if to == "openvino":
             _save_for_genai(tokenizer, folder)
-        found = _compare(plain, ExportedForCausalLM.from_pretrained(folder), tokenizer, blocks)
+        with _engine_errors(to, plain):
+            found = _compare(plain, ExportedForCausalLM.from_pretrained(folder), tokenizer, blocks)
         written = Exported(
             to,
             weights or "float32",
@@ -111,6 +112,20 @@ def export(
         (folder / LINEAGE_FILE).write_text(done.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
         (folder / CARD_FILE).write_text(export_card(plain.config, written), encoding="utf-8")
     return written
+
+
+@contextmanager
+def _engine_errors(to: str, model: PreTrainedModel) -> Iterator[None]:
+    """Say of what an exporter or an engine raises, which is of any kind, that it cannot take the model."""
+    try:
+        yield
+    except TokenformerError:
+        raise
+    except Exception as error:
+        raise ConversionError(
+            f"{ENGINES[to].title} cannot take a {type(model).__name__}: {first_line(error)}; nothing was written: use "
+            "another engine"
+        ) from error
 
 
 def _save_for_genai(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

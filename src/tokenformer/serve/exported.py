@@ -116,11 +116,19 @@ class _PassingGraph:
 
             options["session_options"] = onnxruntime.SessionOptions()
             options["session_options"].intra_op_num_threads = threads
+        self._most_rows = find_engine(name).max_batch
         self._graph = ExportedModel.from_pretrained(folder, device="cpu", **options)
 
     def __call__(self, past: Any, logits_to_keep: Tensor, **inputs: Tensor) -> tuple[Tensor, Any]:
+        rows = len(inputs["input_ids"])
+        if self._most_rows is not None and rows > self._most_rows:
+            if past is not None:
+                raise ValueError(f"{rows} sequences to write; this export writes {self._most_rows} at a time at most")
+            parts = zip(*(tensor.split(self._most_rows) for tensor in inputs.values()), strict=True)
+            read = [self(None, logits_to_keep, **dict(zip(inputs, part, strict=True))) for part in parts]
+            return torch.cat([logits for logits, _ in read]), None
         if past is None or not past.get_seq_length():
-            past = _empty_cache(self._graph.config, len(inputs["input_ids"]))
+            past = _empty_cache(self._graph.config, rows)
         out = self._graph(**inputs, past_key_values=past, logits_to_keep=logits_to_keep)
         return out.logits, out.past_key_values
 
