@@ -60,7 +60,8 @@ from tokenformer.compare.recipe import load_compare_recipe
 from tokenformer.convert.files import convert_official, convert_to_official
 from tokenformer.data.files import read_texts
 from tokenformer.data.tokenizer import make_tokenizer
-from tokenformer.growth.groups import consolidate_operation, drop_operation
+from tokenformer.growth.freeze import freeze_operation
+from tokenformer.growth.groups import drop_operation
 from tokenformer.plan import conclusions, read_plan
 from tokenformer.quiet import quiet_libraries
 from tokenformer.training.preparation import check_resumable
@@ -264,7 +265,7 @@ def _places(content: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def read_checkpoint(folder: Path, name: str = "model") -> None:
-    """Do what inspect, generate and consolidate do; refused is what any of them refuses."""
+    """Do what inspect, generate and freeze do; refused is what any of them refuses."""
     refused = []
     for read in (checkpoint_facts, load, partial(_rewritten, folder / "out")):
         try:
@@ -278,7 +279,7 @@ def read_checkpoint(folder: Path, name: str = "model") -> None:
 def _rewritten(output: Path, path: Path) -> None:
     stored = open_checkpoint(path)
     try:
-        rewrite(stored, output, consolidate_operation(stored.config))
+        rewrite(stored, output, freeze_operation(stored.config, ["embedding"]))
     finally:
         stored.verification.exception()
 

@@ -311,10 +311,42 @@ def seeing() -> str:
     )
 
 
+def faults() -> str:
+    """Return what became of commands that were disturbed: the newest lines of each command and way."""
+    newest = {(line["command"], line["way"]): line for line in lines("torture")}
+    words = {
+        "clock": "killed at a random moment",
+        "change": "killed before a change to the disk",
+        "two": "two at once, one killed",
+        "full": "disk full from a change on",
+        "small": "disk takes small files only",
+        "read-only": "disk read-only",
+    }
+    rows = ["| | times | found old | in part | new | lost, mixed or left |", "|---|--:|--:|--:|--:|--:|"]
+    for way, what in words.items():
+        of = [line for (_, named), line in newest.items() if named == way]
+        found = [sum(line["found"][state] for line in of) for state in ("old", "in part", "new")]
+        counts = [sum(line["times"] for line in of), *found, sum(line["wrong"] for line in of)]
+        rows.append(f"| {what} | {' | '.join(map(str, counts))} |")
+    commands = sorted({command for command, _ in newest})
+    return "\n".join([*rows, "", f"The commands: {', '.join(f'`{command}`' for command in commands)}."])
+
+
+def hostile() -> str:
+    """Return what became of hostile files: the newest line of each kind."""
+    newest = {line["kind"]: line for line in lines("hostile")}
+    rows = ["| changed | inputs | read | refused | rules broken |", "|---|--:|--:|--:|--:|"]
+    for kind, line in newest.items():
+        rows.append(f"| {kind} | {' | '.join(str(line.get(f, 0)) for f in ('inputs', 'read', 'refused', 'broken'))} |")
+    total = [sum(line.get(fact, 0) for line in newest.values()) for fact in ("inputs", "read", "refused", "broken")]
+    return "\n".join([*rows, f"| together | {' | '.join(map(str, total))} |"])
+
+
 PAGES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (costs,),
     "docs/compare.md": (racing, comparisons, attending),
     "docs/ecosystem.md": (ecosystem, convert),
+    "docs/promises.md": (faults, hostile),
     "docs/fast.md": (decoding,),
     "docs/results/knowledge.md": (merging, smollm2_results, continual_results, routing, forgetting_results),
     "docs/see-and-speak.md": (seeing,),

@@ -31,6 +31,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,9 +45,9 @@ import yaml
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tokenformer import save
-from tokenformer.checkpoints.files import recover
+from tokenformer.checkpoints.files import files_digest, recover
 from tokenformer.checkpoints.optimizer import load_states
-from tokenformer.checkpoints.verify import LINEAGE_FILE, verify_checkpoint
+from tokenformer.checkpoints.verify import LINEAGE_FILE, exported_for, verify_checkpoint
 from tokenformer.cli import app as cli
 from tokenformer.compare.results import read_results
 from tokenformer.data import tokens
@@ -69,6 +70,7 @@ WEIGHTS = {
     "convert to-official --force": 12,
     "prepare text": 10,
     "compare": 6,
+    "export --force": 6,
 }
 PASSING = (".partial", ".shards", ".tmp", ".lock", ".jsonl")
 ERRORS = 4096  # bytes: what a command may say on a disk that takes only small files
@@ -133,6 +135,7 @@ COMMANDS: dict[str, Command] = {
     "convert to-official --force": forced(
         with_force("convert", "to-official", "child", output="out.bin"), outputs=("out.bin", "out.yml")
     ),
+    "export --force": forced(with_force("export", "child", "--to", "onnx", "--text", "text", output="out")),
     "prepare text": Command(
         ["train", "long.yaml", "-o", "run"], lambda f: resumed(f, recipe="long.yaml"), ("run", "cache"), parts=True
     ),
@@ -245,6 +248,8 @@ def begin(
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
@@ -304,6 +309,9 @@ def contents(folder: Path, outputs: tuple[str, ...]) -> dict[str, str]:
         root = folder / output
         lineages = [file.parent for file in sorted(root.rglob(LINEAGE_FILE)) if not passing(file, folder)]
         for checkpoint in lineages:
+            if exported_for(checkpoint) is not None:
+                found[str(checkpoint.relative_to(folder))] = files_digest(sorted(checkpoint.glob("model.*")))
+                continue
             states = {f"{n} {k}": t for n, state in load_states(checkpoint).items() for k, t in state.items()}
             weights = verify_checkpoint(checkpoint).weights_sha256
             found[str(checkpoint.relative_to(folder))] = f"{weights} {tensors_digest(states)}"
@@ -402,7 +410,7 @@ class Torture:
             if way == "read-only"
             else fault
         )
-        largest = self.dice.choice(self.sizes[name]) - 1 if way == "small" else -1
+        largest = self.dice.choice(self.sizes[name] or [ERRORS]) - 1 if way == "small" else -1
         processes = [begin(folder, command.arguments, fault, largest=largest)]
         if way == "two":
             processes.append(begin(folder, command.arguments))
@@ -436,22 +444,30 @@ class Torture:
         return state, ""
 
 
-def shares(faults: int, ways: tuple[str, ...]) -> Iterator[tuple[str, str, int]]:
-    """Hand out faults: yield command, way and how many."""
+def shares(faults: int, ways: tuple[str, ...], commands: list[str]) -> Iterator[tuple[str, str, int]]:
+    """Hand out faults, of as many for all commands: yield command, way and how many."""
     total = sum(WEIGHTS.values())
-    for name, weight in WEIGHTS.items():
+    for name, weight in ((name, WEIGHTS[name]) for name in commands):
         # A comparison's changes are its workers', which start anew.
         possible = [way for way in ways if name != "compare" or way in ("clock", "two", "small")]
-        mine = max(1, round(faults * weight / total))
+        mine = max(1, round(faults * weight / total)) if faults else 0
         for i, way in enumerate(possible):
             if count := len(range(i, mine, len(possible))):
                 yield name, way, count
 
 
-def torture(kills: int, disks: int, seed: int, place: Path, on_line: Callable[[dict[str, Any]], None]) -> list[str]:
+def torture(
+    kills: int,
+    disks: int,
+    seed: int,
+    place: Path,
+    on_line: Callable[[dict[str, Any]], None],
+    commands: list[str] | None = None,
+) -> list[str]:
     """Kill so many times, and have so many disks refuse; returns what went wrong."""
     driver, wrong = Torture(place, seed), []
-    for name, way, count in (*shares(kills, WAYS), *shares(disks, DISKS)):
+    commands = list(WEIGHTS) if commands is None else commands
+    for name, way, count in (*shares(kills, WAYS, commands), *shares(disks, DISKS, commands)):
         began, states = time.monotonic(), Counter[str]()
         problems = []
         for _ in range(count):
@@ -479,6 +495,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--disks", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commands", nargs="*", choices=WEIGHTS, default=list(WEIGHTS))
     given = parser.parse_args()
     facts = {
         "seed": given.seed,
@@ -494,7 +511,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     place = Path(tempfile.mkdtemp(prefix="torture"))
-    wrong = torture(given.kills, given.disks, given.seed, place, keep)
+    wrong = torture(given.kills, given.disks, given.seed, place, keep, given.commands)
     print(*wrong, sep="\n")
     if wrong:
         sys.exit(f"{len(wrong)} of {given.kills + given.disks} faults were not survived; see what is left in {place}")

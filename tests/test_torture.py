@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import hostile
@@ -16,8 +17,9 @@ from tiny_models import tiny
 from tokenformer.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from tokenformer.checkpoints.optimizer import load_states
 from tokenformer.checkpoints.verify import config_fields, weight_files
-from tokenformer.errors import CheckpointError, RecipeError
-from tokenformer.sections import parse_sections
+from tokenformer.convert.files import convert_official, convert_to_official
+from tokenformer.errors import CheckpointError, ConversionError, RecipeError
+from tokenformer.sections import load_yaml, parse_sections
 from tokenformer.training.model import ModelSection
 from tokenformer.training.recipe import load_recipe
 
@@ -92,6 +94,15 @@ def test_configurations_that_describe_far_more_than_the_files_hold(tmp_path):
             load_checkpoint(tmp_path / "c")
     with pytest.raises(ValueError, match="num_hidden_layers is 1000000000, and here there can be at most 2,000"):
         parse_sections(ModelSection, {"num_hidden_layers": 10**9}, where="recipe").config()
+
+
+@pytest.mark.parametrize("change", [{"num_layers": 10**9}, {"rotary_emb_base": "x"}, {"attention_config": [3]}])
+def test_an_official_configuration_of_the_wrong_kinds(tmp_path, change):
+    save_checkpoint(tmp_path / "c", tiny("paper"))
+    described = convert_to_official(tmp_path / "c", tmp_path / "official.bin")
+    described.write_text(yaml.safe_dump({**load_yaml(described), **change}), encoding="utf-8")
+    with pytest.raises(ConversionError, match=r"official\.yml describes no TokenFormer: "):
+        convert_official(tmp_path / "official.bin", described, tmp_path / "out")
 
 
 def test_a_configuration_larger_than_any(tmp_path):

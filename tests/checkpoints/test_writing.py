@@ -136,6 +136,15 @@ def test_a_kill_while_writing_leaves_the_old_one_and_so_does_the_next_attempt(tm
     assert names(tmp_path) == ["c"]
 
 
+@pytest.mark.parametrize("said", ["too large (os error 27)", "unexpected pos 832 vs 790", "clear: iostream error"])
+def test_what_other_libraries_say_of_a_full_disk(tmp_path, said):
+    """Tokenizers raise a bare Exception, and torch counts how much it could not write."""
+    refused = pytest.raises(CheckpointError, match=r"could not write .*/c: .*; what was there before is untouched")
+    with refused, replacing_folder(tmp_path / "c"):
+        raise Exception(said)
+    assert names(tmp_path) == []
+
+
 def test_a_file_is_replaced_only_when_asked_and_only_whole(tmp_path):
     file = tmp_path / "deep" / "f"
     with replacing_file(file) as new:

@@ -7,19 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
+from ..errors import CheckpointError, TokenformerError
 
-from ..errors import CheckpointError
+# What libraries say that have errors of their own for it: Rust's, and torch's, which counts what it could not write.
+_REFUSALS = ("os error", "file write", "unexpected pos", "pytorchstreamwriter", "iostream error")
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what Python, safetensors and torch raise when a disk refuses (full, no permission) into CheckpointError."""
+    """Turn what Python, safetensors, tokenizers and torch raise when a disk refuses (full, no permission) into ours."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, OSError) or "os error" in str(error).lower() or "file write" in str(error):
-            raise CheckpointError(f"could not write {path}: {error}; what was there before is untouched") from error
+    except TokenformerError:
+        raise
+    except Exception as error:
+        said = str(error)
+        if isinstance(error, OSError) or any(words in said.lower() for words in _REFUSALS):
+            raise CheckpointError(f"could not write {path}: {said}; what was there before is untouched") from error
         raise
 
 

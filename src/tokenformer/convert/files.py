@@ -26,6 +26,7 @@ from ..checkpoints.pickles import UnsafePickle, check_stored, is_zip, load_tenso
 from ..checkpoints.verify import verify_checkpoint, weight_files
 from ..data.tokenizer import open_tokenizer
 from ..errors import ConversionError, first_line
+from ..growth.architectures import ARCHITECTURES, check_depth
 from ..models.modeling_tokenformer import TokenformerForCausalLM
 from ..sections import load_yaml
 from ..units import counted
@@ -81,8 +82,14 @@ def convert_official(
             f"{weights} holds no {_EMBEDDING}, so it is no TokenFormer; it holds "
             f"{counted(len(found), 'tensor')}, such as {', '.join(sorted(found)[:3]) or 'none'}"
         )
-    ours = config_from_official(fields, vocab_size=found[_EMBEDDING].shape[:1].numel(), where=str(config))
-    buffers = check_official(ours, found, where=str(weights))
+    try:
+        check_depth(ARCHITECTURES["tokenformer"], {"num_hidden_layers": fields.get("num_layers")}, most=len(found))
+        ours = config_from_official(fields, vocab_size=found[_EMBEDDING].shape[:1].numel(), where=str(config))
+        buffers = check_official(ours, found, where=str(weights))
+    except ConversionError:
+        raise
+    except Exception as error:  # values of kinds that no such field has
+        raise ConversionError(f"{config} describes no TokenFormer: {first_line(error)}") from error
     keeper = open_tokenizer(tokenizer) if tokenizer is not None else None
     if keeper is not None:
         check_tokenizer(keeper, ours, where=str(tokenizer))

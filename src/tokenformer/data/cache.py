@@ -34,6 +34,8 @@ def cached(
             file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(file.with_suffix(".lock")):
                 if not file.exists():
+                    for left in file.parent.glob(f"{key}.*.tmp"):  # of killed processes: whoever lives holds the lock
+                        left.unlink()
                     _write(file, columns(), features.arrow_schema)
         rows = datasets.Dataset.from_file(str(file))
     except OSError as error:
@@ -53,9 +55,10 @@ def cache_folder() -> Path:
 def written_whole(file: Path) -> Iterator[BinaryIO]:
     """Give a temporary file, to be written, that becomes `file` when the block ends well.
 
-    One process writes a file at a time; what a killed one leaves is replaced.
+    What a killed process leaves is for whoever knows that nobody else writes there to remove: what it has started may
+    live on for a moment, and write.
     """
-    temporary = file.with_suffix(".tmp")
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as stream:
             yield stream
