@@ -68,8 +68,9 @@ def test_growing_changes_no_bit_and_dropping_gives_it_back(kind, dtype):
 @pytest.mark.parametrize(
     ("kind", "beside"),
     [
-        *((kind, False) for kind in RECURRENT),
+        ("xlstm", False),
         ("mamba2", True),
+        *(pytest.param(kind, False, marks=pytest.mark.slow) for kind in RECURRENT if kind != "xlstm"),
         *(pytest.param(kind, True, marks=pytest.mark.slow) for kind in RECURRENT if kind != "mamba2"),
     ],
 )
