@@ -112,7 +112,8 @@ def prepared(tmp_path_factory):
     write_clothes(folder / "clothes")
     recipe = folder / "recipes" / "compare" / "first.yaml"
     text = recipe.read_text(encoding="utf-8")
-    assert "e+9" in text and "seeds: [0, 1]" in text
+    assert "e+9" in text and "seeds: [0, 1]" in text and "validation_fraction: 0.2" in text
+    text = text.replace("validation_fraction: 0.2", "validation_fraction: 0.45")  # more documents than one
     recipe.write_text(text.replace("e+9", "e+7").replace("seeds: [0, 1]", "seeds: [0]"), encoding="utf-8")
 
     state = {n.removeprefix("case_m."): t for n, t in inputs("M").items() if "sequential" in n}

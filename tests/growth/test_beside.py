@@ -343,6 +343,8 @@ def test_any_sequence_keeps_the_parent(kind, steps):
             grown += 1
             assert torch.equal(outputs(model), now)
         elif step == "copy":
+            with torch.no_grad():  # RecurrentGemma keeps its last state, which cannot be copied with its graph
+                outputs(model)
             model = copy.deepcopy(model)
             assert torch.equal(outputs(model), now)
         elif names and step == "drop":
@@ -352,5 +354,6 @@ def test_any_sequence_keeps_the_parent(kind, steps):
         elif names:
             freeze(model, all_but=[names[which % len(names)]])
     drop(model, names_beside(model))
+    model.requires_grad_(True)  # what is frozen torch may multiply in another order (docs/lab-notebook.md)
     assert torch.equal(outputs(model), before)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())

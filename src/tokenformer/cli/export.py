@@ -29,7 +29,7 @@ def export(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Write a checkpoint for another engine, on which it decodes faster, and check it."""
+    """Write a checkpoint for a faster engine, and check it there."""
     from ..checkpoints.files import check_target
     from ..serve.engines import find_engine
 

@@ -162,7 +162,7 @@ def merge(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Unite the token groups of two children of one parent, or of a language model and one that sees."""
+    """Unite two children of one parent, or two modalities."""
     from ..checkpoints.rewrite import merge_checkpoints, open_checkpoint
     from ..errors import GrowthError
     from .tables import stage_row
@@ -238,7 +238,7 @@ def attach(
 
 @groups.command()
 def pack(checkpoint: Checkpoint, output: Output, force: Force = False) -> None:
-    """Keep what ternary maps compute with, in 2 bits a weight, and give up what they learn with."""
+    """Keep ternary maps in 2 bits a weight; they learn no more."""
     from ..checkpoints.files import check_target
     from ..checkpoints.packing import pack_checkpoint
     from .tables import stage_row
