@@ -218,6 +218,7 @@ def test_no_other_library_writes_while_checkpoints_are_converted_and_published(r
     )
 
 
+@pytest.mark.slow
 def test_no_other_library_writes_while_arms_are_compared(run, tmp_path):
     (tmp_path / "text").mkdir()
     content = comparison(tmp_path / "text")

@@ -105,6 +105,7 @@ def test_texts_go_on_where_the_segments_before_have_stopped(content, finished):
     assert [line["text_tokens"] for line in short] == [640, 2048, 2560]
 
 
+@pytest.mark.slow
 def test_killed_comparisons_go_on_to_the_same_numbers(content, finished, tmp_path):
     recipe, kills, dice = parsed(content), 0, random.Random(0)
     Results(tmp_path).begin(recipe, "trial", load_text(recipe, tmp_path).report.facts)

@@ -63,6 +63,7 @@ def test_seeds_that_differ_more_make_intervals_wider():
     assert widths[1] > 4 * widths[0]
 
 
+@pytest.mark.slow
 def test_same_points_in_any_order_give_the_same_law():
     points = runs(noise=0.01)
     assert fit(points) == fit(points)

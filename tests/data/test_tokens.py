@@ -155,6 +155,7 @@ def _make_and_tell(file, rows):
     _note("made", file.name)
 
 
+@pytest.mark.slow
 def test_a_text_larger_than_memory_is_held_out_and_identified(cache):
     """160 MB of text and room for 64: what reads it all at once fails, and what prepare does with it does not."""
     megabyte = "the cat and the hat " * 50_000

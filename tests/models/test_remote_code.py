@@ -177,6 +177,7 @@ def test_loads_runs_and_saves_without_the_package_once_it_is_trusted(run, tmp_pa
         assert torch.equal(back(ids).logits, want.logits)
 
 
+@pytest.mark.slow
 def test_an_image_classifier_does_too(run, tmp_path):
     model = tiny_vision()
     grow(model, ffn_param_tokens="+50%", num_hidden_layers="+1")

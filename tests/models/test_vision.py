@@ -223,6 +223,7 @@ def test_it_is_saved_and_loaded_by_the_auto_classes(kind, tmp_path):
     assert other(images()).logits.shape == (2, 7)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_computes_the_same():
     model = make("grown")
