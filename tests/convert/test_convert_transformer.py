@@ -241,7 +241,7 @@ REFUSALS = {
         ConversionError,
         r"its rotary embedding is scaled \('linear'\)",
     ),
-    "no type": (lambda f: (f / "config.json").write_text("{}"), CheckpointError, "is damaged: config.json: Unrecognized model"),
+    "no type": (lambda f: (f / "config.json").write_text("{}"), CheckpointError, "is damaged: config.json: Unrec"),
     "no config": (lambda f: (f / "config.json").unlink(), CheckpointError, "no checkpoint at"),
     "not json": (lambda f: (f / "config.json").write_text("{"), CheckpointError, r"is damaged: config\.json"),
     "list": (lambda f: (f / "config.json").write_text("[]"), CheckpointError, r"is damaged: config\.json"),
