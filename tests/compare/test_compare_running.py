@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -24,7 +25,7 @@ from tokenformer.compare.report import write_report
 from tokenformer.compare.results import Results, read_results
 from tokenformer.compare.run import compare, work
 from tokenformer.compare.tuning import tuning as search
-from tokenformer.errors import DataError, RecipeError
+from tokenformer.errors import DataError, RecipeError, TokenformerError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -126,6 +127,14 @@ def test_nothing_is_computed_again(finished, content):
     work(parsed(content), folder, list(content["arms"]))
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert read_results(folder / "results.jsonl") == lines
+
+
+def test_a_worker_that_is_interrupted_alone_makes_no_report_of_half(content, tmp_path, monkeypatch):
+    """It ends as one that has nothing left to do."""
+    ended = SimpleNamespace(join=lambda timeout: True, processes=[])
+    monkeypatch.setattr("tokenformer.compare.run.multiprocessing.start_processes", lambda *_, **__: ended)
+    with pytest.raises(TokenformerError, match=r"a worker was interrupted .* the same command continues"):
+        compare(parsed(content), tmp_path, name="trial")
 
 
 def test_lines_of_runs_lost_to_a_kill_are_written_again(finished, content, tmp_path):

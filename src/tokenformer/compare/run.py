@@ -72,7 +72,7 @@ def compare(
         RecipeError: the recipe makes no sense, or the folder holds another comparison.
         DataError: the folder holds a comparison on another text.
         DataError, TokenizerError, GrowthError, CheckpointError: from text, growing, files.
-        TokenformerError: a worker failed.
+        TokenformerError: a worker failed, or was interrupted.
         KeyboardInterrupt: after Ctrl-C, once the workers have saved their state.
     """
     run = Path(folder)
@@ -129,6 +129,11 @@ def _run(
             done, total = _progress(recipe, arms, lines)
             on_event({"event": "progress", "done": done, "total": total})
         seen = len(lines)
+    if _unfinished(recipe, arms, lines, run / "segments"):
+        raise TokenformerError(
+            "a worker was interrupted by a signal of its own, before all runs were there; it has saved its state, and "
+            "the same command continues"
+        )
     return lines
 
 
