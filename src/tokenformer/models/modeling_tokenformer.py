@@ -204,11 +204,17 @@ class TokenformerPreTrainedModel(PreTrainedModel):
         """The blocks of a base model as they run, each with the number of its loop."""
         return [(loop, layer) for loop in range(self.config.num_loops) for layer in self.layers]
 
-    def scaled_embeddings(self, embeddings: Tensor) -> Tensor:
-        """Return embeddings `[*, D]` as the first block reads them: over their root mean square, or as they are."""
-        if not self.config.use_embedding_norm:
+    def scaled_embeddings(self, embeddings: Tensor, *, field: str = "use_embedding_norm") -> Tensor:
+        """Return embeddings `[*, D]` as the first block reads them: over their root mean square if a field says so."""
+        if not getattr(self.config, field):
             return embeddings
         return F.rms_norm(embeddings, (self.config.hidden_size,), eps=DEFAULT_EPS).to(embeddings.dtype)
+
+    @staticmethod
+    def position_ids_of(embeddings: Tensor, cache: Cache | None) -> Tensor:
+        """Return the positions `[1, T]` of embeddings `[B, T, D]` after what a cache holds."""
+        seen = cache.get_seq_length() if cache is not None else 0
+        return (torch.arange(embeddings.shape[1], device=embeddings.device) + seen).unsqueeze(0)
 
 
 class TokenformerModel(TokenformerPreTrainedModel):
@@ -254,8 +260,7 @@ class TokenformerModel(TokenformerPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+            position_ids = self.position_ids_of(inputs_embeds, past_key_values)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,

@@ -26,7 +26,6 @@ from .configuration_tokenformer_multimodal import TokenformerMultimodalConfig
 from .modality import ByModality, Positions, own_positions, reading, split_by_modality
 from .modeling_tokenformer import TokenformerAttention, TokenformerDecoderLayer, TokenformerForCausalLM
 from .modeling_tokenformer_vision import TokenformerVisionEmbeddings, TokenformerVisionPreTrainedModel
-from .pattention import DEFAULT_EPS
 
 # The image that a sequence has shown is remembered with what else is known of it: its keys and values.
 _SEEN = "has_images"
@@ -106,7 +105,9 @@ class TokenformerMultimodalModel(TokenformerMultimodalPreTrainedModel):
             raise ValueError("give input_ids, inputs_embeds or pixel_values")
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError("give one of input_ids and inputs_embeds")
-        images = None if pixel_values is None else self._image_embeddings(pixel_values)
+        images = None if pixel_values is None else self.vision_embeddings(pixel_values)
+        if images is not None:
+            images = self.scaled_embeddings(images, field="use_image_embedding_norm")
         if alone:
             assert images is not None
             hidden_states, use_cache = images, False
@@ -146,13 +147,6 @@ class TokenformerMultimodalModel(TokenformerMultimodalPreTrainedModel):
         found = self.config.image_token_id
         return -1 if found is None else found
 
-    def _image_embeddings(self, pixel_values: Tensor) -> Tensor:
-        """Return images as the first block reads them, `[I, N, D]`."""
-        embeddings = self.vision_embeddings(pixel_values)
-        if not self.config.use_image_embedding_norm:
-            return embeddings
-        return F.rms_norm(embeddings, (self.config.hidden_size,), eps=DEFAULT_EPS).to(embeddings.dtype)
-
     def _placeholders(self, input_ids: Tensor | None, embeds: Tensor | None, images: Tensor | None) -> Tensor:
         """Return which positions are patches, `[B, T]`, once it is sure that they match the images."""
         if input_ids is None:
@@ -189,7 +183,7 @@ class TokenformerMultimodalModel(TokenformerMultimodalPreTrainedModel):
         """Return what every block's attention is given: the mask, and the rotation, which leaves patches alone."""
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+            position_ids = self.position_ids_of(inputs_embeds, past_key_values)
         some = bool(is_image.any())
         blocks = (is_image.cumsum(1) - 1).div(self.config.image_positions, rounding_mode="floor")
         mask = create_causal_mask(
