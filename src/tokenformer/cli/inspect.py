@@ -52,19 +52,20 @@ def inspect(
     sees = facts["labels"] is not None
     chooses = counted(facts["labels"], "label") if sees else f"vocabulary {facts['vocab_size']:,}"
     use = "classifying images" if sees else "generating a text token"
-    console = make_console()
+    console, loops = make_console(), facts["num_loops"]
+    again = f", its blocks {loops} times" if loops > 1 else ""
     console.print(
         f"{checkpoint}: {facts['parameters']:,} parameters, {counted(facts['num_hidden_layers'], 'block')} of width "
-        f"{facts['hidden_size']}{looped(facts['num_loops'])}, {facts['kind']}, {chooses}\n"
-        f"Training needs {amount(facts['training_bytes'] / 1e6)} MB beside activations (float32, AdamW); {use} "
-        f"reads {amount(facts['bytes'] / 1e6)} MB.",
+        f"{facts['hidden_size']}{looped(loops)},\n{facts['kind']}, {chooses}\n"
+        f"Training needs {amount(facts['training_bytes'] / 1e6)} MB beside activations (float32, AdamW);\n{use} "
+        f"reads {amount(facts['bytes'] / 1e6)} MB{again}.",
         markup=False,
         soft_wrap=True,
     )
     console.print(group_table(facts["groups"], facts["everything_else"]))
     console.print(lineage_table(lineage))
     if lineage.weights_sha256 is not None:
-        console.print(f"weights sha256 {lineage.weights_sha256}, which loading verifies", soft_wrap=True)
+        console.print(f"Loading verifies that the weights have this sha256:\n{lineage.weights_sha256}", soft_wrap=True)
     if note := code_note(checkpoint):
         console.print(f"Note: {note}.", markup=False, soft_wrap=True)
     if text is not None or prompt is not None:
