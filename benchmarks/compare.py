@@ -2,6 +2,7 @@
 
     python benchmarks/compare.py                    all of them; hours, and resumable
     python benchmarks/compare.py base pays          some
+    python benchmarks/compare.py --finished pays    nothing is run; the arms are kept whose runs are all there
 
 Kept are the lines of recipe and runs in results.jsonl, and the report made from these alone, as Markdown and pictures.
 The prose, speeches and a novel, is fetched from npm; the digits to sort are written here.
@@ -9,6 +10,7 @@ The prose, speeches and a novel, is fetched from npm; the digits to sort are wri
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import random
@@ -81,12 +83,24 @@ def train_judge() -> None:
 
 def keep(name: str) -> None:
     """Keep the lines that a report needs, and the report."""
-    lines = [_needed(line) for line in read_results(RUNS / "compare" / name / "results.jsonl")]
-    lines = [line for line in lines if line["event"] != "segment"]
+    lines = _finished(read_results(RUNS / "compare" / name / "results.jsonl"))
+    lines = [_needed(line) for line in lines if line["event"] != "segment"]
     target = RESULTS / name
     target.mkdir(parents=True, exist_ok=True)
     (target / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_report(lines, target).unlink()  # the page says what report.md says, and `tokenformer report` makes it again
+
+
+def _finished(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out the arms of which final runs are missing, from the recipe as well, which is the last that was given."""
+    recipe = [line["recipe"] for line in lines if line["event"] == "recipe"][-1]
+    wanted = {(seed, budget) for seed in recipe["seeds"] for budget in recipe["budgets"]}
+    finals = [line for line in lines if line["event"] == "run" and line["purpose"] == "final"]
+    found = {arm: {(run["seed"], run["budget"]) for run in finals if run["arm"] == arm} for arm in recipe["arms"]}
+    arms = {arm: content for arm, content in recipe["arms"].items() if wanted <= found[arm]}
+    first = next(line for line in lines if line["event"] == "recipe")
+    begun = {**first, "recipe": {**recipe, "arms": arms}}
+    return [begun, *(line for line in lines if line["event"] != "recipe" and line.get("arm") in arms)]
 
 
 def _needed(line: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +142,14 @@ def summary(name: str) -> str:
 
 def main() -> None:
     """Run, or continue, or find finished."""
-    for name in sys.argv[1:] or NAMES:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--finished", action="store_true", help="run nothing, and keep the arms that are finished")
+    given = parser.parse_args()
+    for name in given.names or NAMES:
+        if given.finished:
+            keep(name)
+            continue
         if name.endswith("-prose"):
             fetch_prose()
         if name == "reuse-digits":
