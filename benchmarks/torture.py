@@ -18,20 +18,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import hashlib
 import json
 import multiprocessing
 import os
 import platform
 import random
-import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,18 +36,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import yaml
+from faults import begin, full_from, killed_at, read_only, wait
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tokenformer import save
 from tokenformer.checkpoints.files import files_digest, recover
 from tokenformer.checkpoints.optimizer import load_states
 from tokenformer.checkpoints.verify import LINEAGE_FILE, exported_for, verify_checkpoint
-from tokenformer.cli import app as cli
 from tokenformer.compare.results import read_results
-from tokenformer.data import tokens
 from tokenformer.growth.state import tensors_digest
 from tokenformer.training.log import read_log
 
@@ -74,7 +69,6 @@ WEIGHTS = {
 }
 PASSING = (".partial", ".shards", ".tmp", ".lock", ".jsonl")
 ERRORS = 4096  # bytes: what a command may say on a disk that takes only small files
-CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 TOKENS = {"qkv_param_tokens": 8, "output_param_tokens": 8, "ffn_param_tokens": 16}
 TRAINING = {"batch_size": 2, "sequence_length": 16, "threads": 1, "precision": "float32"}
@@ -208,96 +202,6 @@ def lay_out(folder: Path) -> None:
         assert wait(begin(folder, line.split())) == 0, line
 
 
-def begin(
-    folder: Path,
-    arguments: list[str],
-    fault: Callable[[int, str], None] | None = None,
-    *,
-    largest: int = -1,
-    count: Any = None,
-) -> int:
-    """Give a command in `folder`, in a process forked off this one, in a group of its own, and return its number.
-
-    Before each of its changes to the disk `fault` is called with its number and kind. No file grows larger than
-    `largest` bytes. `count` is sent how many changes there were.
-    """
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        os.setsid()
-        os.chdir(folder)
-        silence = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1):
-            os.dup2(silence, stream)
-        error = os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(error, 2)
-        datasets.config.HF_DATASETS_CACHE = str(folder / "cache")
-        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-        tokens.SHARD_BYTES = 2**14  # so that little text is prepared as much text is
-        sys.modules["__main__"].__file__ = None  # which a comparison's workers would import, too
-        sys.argv = ["tokenformer", *arguments]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-        changes = watch_changes(fault or (lambda number, event: None))
-        try:
-            cli.main()
-        finally:
-            if count is not None:
-                count.send(next(changes))
-        code = 0
-    except SystemExit as end:
-        code = int(end.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def watch_changes(fault: Callable[[int, str], None]) -> Iterator[int]:
-    """Count this process's changes to the disk, and call `fault` before each."""
-    numbers = iter(range(10**9))
-    us = os.getpid()
-
-    def before(event: str, arguments: tuple[Any, ...]) -> None:
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if (writes or event in CHANGES) and os.getpid() == us and not str(arguments[0]).startswith("/dev/"):
-            fault(next(numbers), event)
-
-    sys.addaudithook(before)
-    return numbers
-
-
-def killed_at(change: int) -> Callable[[int, str], None]:
-    """Return the fault of a process that does not survive a change."""
-
-    def kill(number: int, event: str) -> None:
-        if number == change:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return kill
-
-
-def full_from(change: int) -> Callable[[int, str], None]:
-    """Return the fault of a disk that is full from a change on: names can still be moved and removed."""
-
-    def refuse(number: int, event: str) -> None:
-        if number >= change and event in ("open", "os.mkdir"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    return refuse
-
-
-def read_only(number: int, event: str) -> None:
-    """Be the fault of a disk that takes no change at all."""
-    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-
-def wait(process: int) -> int:
-    """Return the exit code of a process; -9 where it was killed."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
 def contents(folder: Path, outputs: tuple[str, ...]) -> dict[str, str]:
     """Return a digest of everything that a command has written: of each checkpoint, which must be whole, and file.
 
@@ -344,6 +248,25 @@ def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != "stderr"}
 
 
+@dataclass(frozen=True)
+class Usual:
+    """What a command does that nobody disturbs.
+
+    Attributes:
+        before, after: digests of what there is before and after it, as `contents` gives them.
+        names, log: what `names` and `logged` give after it.
+        seconds: how long it takes.
+        changes: how many it makes to the disk.
+    """
+
+    before: dict[str, str]
+    after: dict[str, str]
+    names: set[str]
+    log: list[Any]
+    seconds: float
+    changes: int
+
+
 class Torture:
     """All commands, undisturbed once and then killed.
 
@@ -359,7 +282,7 @@ class Torture:
         (self.start / "old").mkdir()
         lay_out(self.start)
         self.sizes: dict[str, list[int]] = {}
-        self.known: dict[str, tuple[dict[str, str], dict[str, str], set[str], list[Any], float, int]] = {}
+        self.known: dict[str, Usual] = {}
 
     def fresh(self, name: str) -> Path:
         """Return a new folder in which a command can be given."""
@@ -373,8 +296,8 @@ class Torture:
             shutil.rmtree(folder / "cache")
         return folder
 
-    def undisturbed(self, name: str) -> tuple[dict[str, str], dict[str, str], set[str], list[Any], float, int]:
-        """Return what there is before and after a command, all names and logs then, its seconds and its changes."""
+    def undisturbed(self, name: str) -> Usual:
+        """Return what a command does that nobody disturbs."""
         if name not in self.known:
             folder, command = self.fresh(name), COMMANDS[name]
             before = contents(folder, command.outputs)
@@ -387,7 +310,7 @@ class Torture:
             written = [path for output in command.outputs for path in (folder / output, *(folder / output).rglob("*"))]
             sizes = {path.stat().st_size for path in written if path.is_file()}
             self.sizes[name] = sorted(size for size in sizes if size > ERRORS)
-            self.known[name] = (before, after, names(folder), logged(folder), took, receive.recv())
+            self.known[name] = Usual(before, after, names(folder), logged(folder), took, receive.recv())
         return self.known[name]
 
     def try_once(self, name: str, way: str) -> tuple[str, str]:
@@ -399,23 +322,23 @@ class Torture:
             shutil.rmtree(folder)
         return state, problem and f"{folder}: {problem}"
 
+    def _fault(self, way: str, changes: int) -> Callable[[int, str], None] | None:
+        if way == "change":
+            return killed_at(self.dice.randrange(changes))
+        if way == "full":
+            return full_from(self.dice.randrange(1 + changes // 2))
+        return read_only if way == "read-only" else None
+
     def _try_once(self, name: str, way: str, folder: Path) -> tuple[str, str]:
-        before, after, all_names, log, seconds, changes = self.undisturbed(name)
-        command = COMMANDS[name]
-        fault = killed_at(self.dice.randrange(changes)) if way == "change" else None
-        fault = (
-            full_from(self.dice.randrange(1 + changes // 2))
-            if way == "full"
-            else read_only
-            if way == "read-only"
-            else fault
-        )
+        usual, command = self.undisturbed(name), COMMANDS[name]
+        before, after = usual.before, usual.after
+        fault = self._fault(way, usual.changes)
         largest = self.dice.choice(self.sizes[name] or [ERRORS]) - 1 if way == "small" else -1
         processes = [begin(folder, command.arguments, fault, largest=largest)]
         if way == "two":
             processes.append(begin(folder, command.arguments))
         if way in ("clock", "two"):
-            time.sleep(self.dice.uniform(0, seconds))
+            time.sleep(self.dice.uniform(0, usual.seconds))
             with contextlib.suppress(ProcessLookupError):  # with what it has started, or what it has started lives on
                 (os.killpg if self.dice.random() < 0.5 else os.kill)(processes[0], signal.SIGKILL)
         codes = [wait(process) for process in processes]
@@ -437,9 +360,9 @@ class Torture:
             return state, f"exit code {code} when given again: {(folder / 'stderr').read_text()}"
         if contents(folder, command.outputs) != after:
             return state, "given again, it came to other bits"
-        if logged(folder) != log:
+        if logged(folder) != usual.log:
             return state, "given again, the log is another"
-        if odd := names(folder) ^ all_names:
+        if odd := names(folder) ^ usual.names:
             return state, f"left lying, or missing: {sorted(odd)}"
         return state, ""
 

@@ -11,6 +11,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import hostile
+import mutations
 import torture
 from tiny_models import tiny
 
@@ -50,7 +51,7 @@ def test_hostile_files_are_refused(tmp_path):
 # What was found, or thought of, and read before as if it were harmless.
 
 
-@pytest.mark.parametrize("text", [*hostile.ODD_YAML, f"seed: {'9' * 5000}", f"seed: {hostile.laughs()}"])
+@pytest.mark.parametrize("text", [*mutations.ODD_YAML, f"seed: {'9' * 5000}", f"seed: {mutations.laughs()}"])
 def test_yaml_that_no_recipe_can_mean(tmp_path, text):
     (tmp_path / "recipe.yaml").write_text(text if ":" in text else f"seed: {text}", encoding="utf-8")
     with pytest.raises(RecipeError, match=r"recipe\.yaml"):
@@ -68,14 +69,14 @@ def test_an_index_names_weight_files_in_its_own_folder_alone(tmp_path, name):
 
 
 def test_optimizers_that_are_larger_than_their_files(tmp_path):
-    for number, odd in enumerate(hostile.odd_pickles()):
+    for number, odd in enumerate(mutations.odd_pickles()):
         for new in (True, False):
             torch.save(odd, tmp_path / "optimizer.pt", _use_new_zipfile_serialization=new)
             with pytest.raises(CheckpointError, match=r"optimizer\.pt .* cannot be read"):
                 load_states(tmp_path)
                 pytest.fail(f"{number} was read")
     assert [path.name for path in tmp_path.iterdir()] == ["optimizer.pt"]  # and nothing ran
-    (tmp_path / "optimizer.pt").write_bytes(pickle.dumps(hostile.Call(print, "ran")))
+    (tmp_path / "optimizer.pt").write_bytes(pickle.dumps(mutations.Call(print, "ran")))
     with pytest.raises(CheckpointError, match=r"more than tensors \(.*print\), which could run code"):
         load_states(tmp_path)
 
