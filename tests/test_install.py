@@ -7,11 +7,13 @@ import subprocess
 import sys
 import tomllib
 import venv
-from importlib.metadata import packages_distributions
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -36,6 +38,18 @@ def test_what_importing_needs_is_a_dependency():
 def test_the_lock_is_exact_and_names_no_registry():
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         assert re.fullmatch(r"[\w.-]+==[\w.]+", line), line
+
+
+def test_the_oldest_python_that_is_allowed_can_install_every_locked_version():
+    oldest = Version(PROJECT["requires-python"].removeprefix(">="))
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        name, _, version = line.partition("==")
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:  # of an engine that is not installed here
+            continue
+        allowed = found.metadata.get("Requires-Python", "")
+        assert found.version != version or oldest in SpecifierSet(allowed), f"{line} needs Python {allowed}"
 
 
 def test_the_digests_are_of_the_locked_versions():
