@@ -48,7 +48,7 @@ class LlamaCpp:
             subprocess.run(["npm", "install", *options, "--prefix", folder, *PACKAGES], check=True)
         (program := folder / "decode.mjs").write_text(_PROGRAM, encoding="utf-8")
         process: Any = subprocess.Popen(
-            ["node", program, file.resolve(), str(threads)],
+            ["node", program.resolve(), file.resolve(), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
