@@ -292,6 +292,27 @@ def decoding() -> str:
     return "\n".join([*rows, "", *speeds])
 
 
+def parallel() -> str:
+    """Return what every layout of one model over several processes takes and gives: its newest line."""
+    if not (RESULTS / "parallel.jsonl").exists():
+        return "Not measured yet."
+    newest = {tuple(line["case"].values()): line for line in lines("parallel")}
+    rows = [
+        "| fsdp × tensor | sequences a step | memory of a process (asked) | speed, one process = 1 (asked) | rounds |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for line in newest.values():
+        told = {name: f" ({line[name]['asked']})" if name in line else "" for name in ("memory", "speed")}
+        size = line["memory"]["reached"] if "memory" in line else 1
+        speeds = sorted(line["speeds"])
+        middle, spread = statistics.median(speeds), f"{speeds[0]:.2f}–{speeds[-1]:.2f}"
+        fsdp, tensor, sequences = (line["case"][field] for field in ("fsdp", "tensor", "sequences"))
+        speed = f"{middle:.2f}, {spread}" if fsdp * tensor > 1 else "1"
+        cells = f"{size:.2f}{told['memory']} | {speed}{told['speed']} | {line['rounds']}"
+        rows.append(f"| {fsdp} × {tensor} | {sequences} | {cells} |")
+    return "\n".join(rows)
+
+
 def seeing() -> str:
     """Return what ways to make a language model see have come to, with the most training that all were given."""
     file = RESULTS / "see_and_speak.jsonl"
@@ -348,6 +369,7 @@ PAGES: dict[str, tuple[Callable[[], str], ...]] = {
     "docs/ecosystem.md": (ecosystem, convert),
     "docs/promises.md": (faults, hostile),
     "docs/fast.md": (decoding,),
+    "docs/many-devices.md": (parallel,),
     "docs/results/knowledge.md": (merging, smollm2_results, continual_results, routing, forgetting_results),
     "docs/see-and-speak.md": (seeing,),
     "docs/results/speed.md": (demo, benchmarks, rewriting, preparing, installing),

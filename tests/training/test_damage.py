@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tokenformer.checkpoints.checkpoint import load_checkpoint
 from tokenformer.cli import app as cli
 from tokenformer.errors import TokenformerError
-from tokenformer.training import stage
+from tokenformer.training import whole
 from tokenformer.training.log import read_log
 from tokenformer.training.recipe import parse_recipe
 from tokenformer.training.stream import StreamTrainer
@@ -181,7 +181,7 @@ def test_the_end_of_a_stage_is_logged_once_wherever_a_kill_comes(content, tmp_pa
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "save_checkpoint", fail)
+        patch.setattr(whole, "save_checkpoint", fail)
         with pytest.raises(ZeroDivisionError):
             train(recipe, tmp_path / "run")
     assert [event["event"] for event in read_log(tmp_path / "run")].count("end") == 1

@@ -135,11 +135,9 @@ def save_checkpoint(
 
 def _save_streamed(folder: Path, model: PreTrainedModel, weights: Weights, on_progress: OnProgress) -> str:
     """Do what `save_pretrained` does for a model whose weights come shard by shard; returns their digest."""
-    config = model.config
-    shapes = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    config, shapes, split = model.config, *_split(model)
     row = row_of(config)
     stored = row.stored if row else {}
-    split = split_torch_state_dict_into_shards(shapes, max_shard_size=_SHARD_BYTES)
     total, done, written, digest = int(split.metadata["total_size"]), 0, 0, hashlib.sha256()
     dtypes: set[torch.dtype] = set()
 
@@ -173,6 +171,17 @@ def _save_streamed(folder: Path, model: PreTrainedModel, weights: Weights, on_pr
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     return digest.hexdigest()
+
+
+def shards_of(model: PreTrainedModel) -> list[list[str]]:
+    """Return the names that `save_checkpoint` asks `weights` for, call by call."""
+    _, split = _split(model)
+    return [names for _, names in sorted(split.filename_to_tensors.items())]
+
+
+def _split(model: PreTrainedModel) -> tuple[dict[str, Tensor], Any]:
+    shapes = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    return shapes, split_torch_state_dict_into_shards(shapes, max_shard_size=_SHARD_BYTES)
 
 
 def _add_older_rope_fields(file: Path) -> None:

@@ -27,10 +27,12 @@ from ..growth.freeze import freeze_only
 from ..growth.neurons import group_neurons
 from ..growth.tokenise import build
 from ..training.log import Log, finite, read_log
+from ..training.processes import processes
 from ..training.recipe import TrainingSection
 from ..training.settings import StageSettings
 from ..training.stage import run_stage
 from ..training.text import TextMaterial, first_config
+from ..training.whole import Begun
 from .arms import Segment
 from .budgets import cost_per_step, flops_per_step, steps_within
 from .methods import grow_by
@@ -78,7 +80,7 @@ def train_segment(segment: Segment, parent: Line | None, text: Text, folder: Pat
     settings = stage_settings(segment, training, parent, steps=steps, per_step=per_step)
     trained = run_stage(
         settings,
-        lambda: (model, states, lineage),
+        lambda *_, **__: Begun(model.to(processes().device), states, lineage),
         TextMaterial(text.report),
         Log(place / "log.jsonl", on_event=lambda event: None, enabled=True),
         place / "checkpoint",

@@ -29,7 +29,11 @@ class BlockStream(IterableDataset):
         block_length: text tokens in a text block.
         keep_tail: give what is left of the text as a last, shorter block.
         endless: begin again where the text ends.
+
+    It is share `number` of `shares`, the only one unless `share` made it.
     """
+
+    number, shares = 0, 1
 
     def __init__(
         self,
@@ -54,7 +58,9 @@ class BlockStream(IterableDataset):
         documents = self._documents
         if processes > 1:
             documents = split_dataset_by_node(documents, process, processes)
-        return BlockStream(documents, self._tokenizer, block_length=self._length, endless=True)
+        part = BlockStream(documents, self._tokenizer, block_length=self._length, endless=True)
+        part.number, part.shares = process, processes
+        return part
 
     def state_dict(self) -> dict[str, Any]:
         """Return from where to go on after the last block that was given; numbers and text alone."""

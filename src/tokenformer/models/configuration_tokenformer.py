@@ -94,12 +94,14 @@ class TokenformerConfig(TokenformerBlocksConfig):
     def base_model_tp_plan(self) -> dict[str, str]:
         """Tensor-parallel plan: every process holds a slice of each group's tokens and adds up norms and outputs.
 
-        Heads stay whole, because a Pattention's output is. Empty for L1 norms, which are no sums of squares, and
-        where groups are routed, whose rows are sorted by gates.
+        Heads stay whole, because a Pattention's output is. Empty for L1 norms, which are no sums of squares, where
+        groups are routed, whose rows are sorted by gates, and for ternary maps, which have one scale each.
         """
         assert self.token_groups is not None and self.linear_projections is not None
         plan: dict[str, str] = {}
-        if self.norm_activation_type in ("softmax", "gelu_l1_norm") or any(g.get("routed") for g in self.token_groups):
+        rounded = {self.weights, *(g.get("weights", "float") for g in self.token_groups)} != {"float"}
+        routed = any(g.get("routed") for g in self.token_groups)
+        if self.norm_activation_type in ("softmax", "gelu_l1_norm") or routed or rounded:
             return plan
         plan["embed_tokens"] = "embedding_rowwise"
         for projection, modules in PROJECTIONS.items():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..units import counted
+from .placement import mesh_of, whole
 
 # What to do with a step: told its gradients by parameter, their norm, and what is wrong with them.
 OnBadStep = Callable[[dict[str, Tensor], str], None]
@@ -31,10 +32,17 @@ class GuardedTrainer(Trainer):
 def check_gradients(model: nn.Module, largest: float | None, on_bad: OnBadStep) -> None:
     """Call `on_bad` where the gradients of a model are not finite, or their norm is above `largest`."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    norm = float(torch.nn.utils.get_total_norm(gradients.values()))
+    norm = _norm(list(gradients.values()))
     if largest is not None and norm > largest:
         on_bad(gradients, f"the norm of its gradients is {norm:.3g}, and bad_grad_norm is {largest:g}")
     elif not norm < float("inf"):
-        odd = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+        odd = [name for name, gradient in gradients.items() if not whole(torch.isfinite(gradient).all())]
         named = ", ".join(odd[:3]) + (", …" if len(odd) > 3 else "")
         on_bad(gradients, f"its gradients are not finite in {len(odd)} of {counted(len(gradients), 'tensor')}: {named}")
+
+
+def _norm(gradients: list[Tensor]) -> float:
+    """Return the norm of all gradients together, of which several processes may hold parts."""
+    if any(mesh_of(gradient) for gradient in gradients):
+        gradients = [whole(torch.linalg.vector_norm(gradient)) for gradient in gradients]
+    return float(torch.nn.utils.get_total_norm(gradients))

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .placement import mesh_of, placed_like, whole
+
 # torch.optim.Muon's: the quintic iteration whose slope at zero is largest, and how often it runs.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -50,15 +52,15 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             alike: dict[tuple[Any, ...], list[Tensor]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike.setdefault((p.shape, p.dtype, p.device), []).append(p)
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None:  # of matrices in parts, no more than one is whole at a time
+                    alike.setdefault((p.shape, p.dtype, p.device, mesh_of(p) and i), []).append(p)
             for (shape, *_), matrices in alike.items():
                 size = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
-                wanted = orthogonalise(torch.stack([self._direction(p, group["momentum"]) for p in matrices]))
+                wanted = orthogonalise(torch.stack([whole(self._direction(p, group["momentum"])) for p in matrices]))
                 for p, direction in zip(matrices, wanted, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(direction.to(p.dtype), alpha=-size)
+                    p.add_(placed_like(direction.to(p.dtype), p), alpha=-size)
         return loss
 
     def _direction(self, p: Tensor, momentum: float) -> Tensor:

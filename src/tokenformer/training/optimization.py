@@ -16,6 +16,7 @@ from ..growth.grow import grow
 from ..growth.neurons import group_neurons
 from ..models.names import BASE_GROUP
 from .muon import Muon
+from .placement import mesh_of, placed_like
 from .recipe import Recipe, Stage, TrainingSection
 
 
@@ -117,16 +118,17 @@ def make_optimizer(
         own = ("momentum_buffer",) if p in by_muon else ("step", "exp_avg", "exp_avg_sq")
         had = states.get(name, {}) if t.keep_optimizer_state else {}
         if set(own) <= had.keys():
-            kept[name] = {key: had[key].to(p.device, copy=True) for key in own}
-    groups: dict[tuple[bool, float, float, bool], list[torch.nn.Parameter]] = {}
+            kept[name] = {key: _kept(had[key], p) for key in own}
+    groups: dict[tuple[bool, float, float, bool, Any], list[torch.nn.Parameter]] = {}
     for name, p in training.items():
-        key = (p in by_muon, rates.get(p, 1.0), t.weight_decay if p.dim() >= 2 else 0.0, apart and name not in kept)
-        groups.setdefault(key, []).append(p)
+        decay, new = t.weight_decay if p.dim() >= 2 else 0.0, apart and name not in kept
+        # torch steps at once what lies alike: on one mesh of processes, or on none.
+        groups.setdefault((p in by_muon, rates.get(p, 1.0), decay, new, mesh_of(p)), []).append(p)
     # The schedule multiplies lr: it returns learning rates, not factors.
     muon, adamw = (
         [
             {"params": ps, "lr": rate, "weight_decay": decay, "new": new}
-            for (by, rate, decay, new), ps in groups.items()
+            for (by, rate, decay, new, _), ps in groups.items()
             if by is muon
         ]
         for muon in (True, False)
@@ -140,6 +142,11 @@ def make_optimizer(
     for name, state in kept.items():
         optimizer.state[training[name]] = state
     return optimizer
+
+
+def _kept(moment: torch.Tensor, p: torch.nn.Parameter) -> torch.Tensor:
+    """Return a moment where its parameter lies; a count of steps, which has no place, on the same device."""
+    return (placed_like(moment, p) if moment.dim() else moment).to(p.device, copy=True)
 
 
 def _block_matrices(model: PreTrainedModel) -> set[torch.nn.Parameter]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..checkpoints.checkpoint import read_config
@@ -23,8 +23,8 @@ from .captions import prepare_captions
 from .images import prepare_pictures
 from .material import Material
 from .precision import use_bfloat16
-from .processes import processes
-from .recipe import Recipe, TrainingSection, load_recipe
+from .processes import processes, reader
+from .recipe import ParallelSection, Recipe, TrainingSection, load_recipe
 from .text import prepare_text
 
 # Fields of TrainingArguments that do nothing beside our optimizer, schedule and validation; those that break resuming.
@@ -56,7 +56,7 @@ def check_resumable(recipe: Recipe, run: Path) -> None:
     if not file.exists():
         raise CheckpointError(f"nothing to resume: {run} holds no run; start it without --resume")
     began = load_recipe(file)
-    if _without_bad_steps(began) != _without_bad_steps(recipe):
+    if _kept_on_resuming(began) != _kept_on_resuming(recipe):
         changed = [k for k in Recipe.model_fields if getattr(began, k) != getattr(recipe, k)]
         raise RecipeError(
             f"the recipe differs from the one this run began with ({file}) in: {', '.join(changed)}; resume with "
@@ -78,6 +78,7 @@ def prepare_run(recipe: Recipe, run: Path) -> Material:
     if config is None:
         config = data.config(recipe)
     data.check(config, recipe)
+    _check_parallel(recipe, config)
     training_arguments(recipe.training, run, steps=1, seed=recipe.seed)
     with torch.device("meta"):
         model = build(config)
@@ -102,6 +103,32 @@ def prepare_run(recipe: Recipe, run: Path) -> Material:
     return data
 
 
+def _check_parallel(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Raise RecipeError where a model cannot be spread as the recipe says, or not over as many processes."""
+    parallel, count = recipe.training.parallel, processes().num_processes
+    if parallel is None:
+        return
+    size = parallel.fsdp * parallel.tensor
+    if count % size:
+        raise RecipeError(
+            f"training.parallel spreads the model over {parallel.fsdp} × {parallel.tensor} processes, and the run has "
+            f"{count}: torchrun --nproc-per-node {size} -m tokenformer train …"
+        )
+    kind, beside = config.model_type, [i for i, stage in enumerate(recipe.stages) if stage.at is not None]
+    if kind != "tokenformer" or recipe.images is not None:
+        raise RecipeError(f"training.parallel spreads TokenFormers that read text, and the model is a {kind!r}")
+    if beside:
+        raise RecipeError(f"stages.{beside[0]}.at puts tokens beside linear maps, and training.parallel spreads none")
+    dropped = [i for i, stage in enumerate(recipe.stages) if stage.nested_dropout is not None]
+    if dropped:
+        raise RecipeError(f"stages.{dropped[0]}.nested_dropout cuts maps, of which training.parallel leaves only parts")
+    if parallel.tensor > 1 and not config.base_model_tp_plan:
+        raise RecipeError(
+            "training.parallel.tensor splits parameter tokens, which needs a norm that is a sum of squares, float "
+            "weights and no gates, and this model has others; give its processes to training.parallel.fsdp"
+        )
+
+
 def _rehearse_growth(model: PreTrainedModel, growth: dict[str, Any], *, addons: bool) -> None:
     """Grow a model on the meta device; `addons`: tokens beside its linear maps are kept without it."""
     if growth.get("at") is not None:
@@ -118,9 +145,10 @@ def _rehearse_growth(model: PreTrainedModel, growth: dict[str, Any], *, addons: 
         grow(model, **growth)
 
 
-def _without_bad_steps(recipe: Recipe) -> Recipe:
-    """Leave out what a run may be resumed with: what to do about the step that stopped it."""
-    training = recipe.training.model_copy(update={"on_bad_step": "stop", "bad_grad_norm": None})
+def _kept_on_resuming(recipe: Recipe) -> Recipe:
+    """Leave out what --resume may find changed: what to do about the step that stopped it, and how many processes."""
+    parallel = recipe.training.parallel and ParallelSection()
+    training = recipe.training.model_copy(update={"on_bad_step": "stop", "bad_grad_norm": None, "parallel": parallel})
     return recipe.model_copy(update={"training": training})
 
 
@@ -149,7 +177,7 @@ def training_arguments(t: TrainingSection, output: Path, *, steps: int, seed: in
     Raises:
         RecipeError: batches that do not divide, or `training_arguments` that are unknown or decided elsewhere.
     """
-    count = processes().num_processes
+    _, count = reader(t)
     micro = t.micro_batch_size or max(1, t.batch_size // count)
     if t.batch_size % (micro * count):
         raise RecipeError(
@@ -164,8 +192,7 @@ def training_arguments(t: TrainingSection, output: Path, *, steps: int, seed: in
         "max_grad_norm": t.max_grad_norm,
         "bf16": use_bfloat16(t.precision),
         "use_cpu": not torch.accelerator.is_available(),
-        "save_strategy": "steps",
-        "save_steps": t.save_every,
+        "save_strategy": "no",  # but where the watcher says so
         "save_total_limit": 2,
         "logging_steps": t.log_every,
         "logging_nan_inf_filter": False,  # it would log a loss that diverged as 0

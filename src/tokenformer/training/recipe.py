@@ -53,6 +53,15 @@ class StartSection(ModelSection):
         return self
 
 
+class ParallelSection(Section):
+    """How one model is spread over the processes that torchrun starts: `fsdp` × `tensor`, or whole copies of those."""
+
+    fsdp: int = Field(1, gt=0)
+    """Processes of which each keeps a part of all weights, gradients and moments, and reads text of its own (FSDP2)."""
+    tensor: int = Field(1, gt=0)
+    """Processes of which each computes a part of the parameter tokens, of the same text (tensor parallelism)."""
+
+
 class TrainingSection(Section):
     """How to train; the same for all stages, but for what a stage says itself."""
 
@@ -106,6 +115,9 @@ class TrainingSection(Section):
     """Optimizer steps between lines in log.jsonl."""
     threads: int | None = Field(None, gt=0)
     """CPU threads. Default: torch's choice. Tiny models are faster on 1; equal bits need an equal number."""
+    parallel: ParallelSection | None = None
+    """Spread the model over several processes, where it would not fit in one. Default: each has all of it.
+    --resume may find other numbers here, and as many processes; {fsdp: 1} is one that has all."""
     report_to: list[str] = Field([])
     """Where else to log, in transformers' names: "tensorboard", "wandb", …."""
     training_arguments: dict[str, Any] = Field({})

@@ -5,53 +5,50 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
-from .. import cost
-from ..checkpoints.beside import save_stage
-from ..checkpoints.checkpoint import save_checkpoint
 from ..checkpoints.disk import disk_errors
-from ..checkpoints.lineage import Lineage
-from ..checkpoints.optimizer import OPTIMIZER_FILE, OptimizerState
 from ..checkpoints.temporary import clear_abandoned
-from ..checkpoints.verify import carry_files
 from ..checkpoints.whole import becomes_addon
 from ..data.stream import BlockStream
-from ..growth.beside import all_group_names
 from ..growth.freeze import freeze_only
 from .gradients import check_gradients
-from .log import Log, finite
+from .log import Log
 from .material import Material
-from .optimization import grow_with_states, make_optimizer
+from .optimization import make_optimizer
 from .partial import newest_whole, step_of, unfinished
 from .preparation import frozen_parts, training_arguments
 from .processes import processes
 from .settings import StageSettings
-from .stream import StreamTrainer, go_on
+from .stream import go_on
 from .watch import Watcher
+from .whole import Begun
 
-Start = Callable[[], tuple[PreTrainedModel, OptimizerState, Lineage]]
+
+class Begin(Protocol):
+    """Makes what a stage trains, the same after an interruption; `whole.begin` and `sharded.begin` in part."""
+
+    def __call__(self, settings: StageSettings, data: Material, *, place: Path, state: Path | None) -> Begun:
+        """Grow, in `place`, unless there is a `state` to go on from."""
 
 
 def run_stage(
-    settings: StageSettings, start: Start, data: Material, log: Log, target: Path, *, parent: str | Path | None = None
+    settings: StageSettings, begin: Begin, data: Material, log: Log, target: Path, *, parent: str | Path | None = None
 ) -> PreTrainedModel:
-    """Train what `start` returns, write it to `target`, and return the model.
+    """Train what `begin` makes, write it to `target`, and return the model.
 
     Args:
         settings: how to grow and train.
-        start: makes the model, the optimizer's states by parameter name, and the lineage; what it returns must be the
-            same after an interruption.
+        begin: makes the model, grown, and the optimizer's states.
         data: to train on and to validate on.
         log: of the run.
         target: the checkpoint; while it is unfinished, states to resume from lie beside it.
-        parent: checkpoint that `start` reads, whose licence and other files go along.
+        parent: checkpoint that `begin` reads, whose licence and other files go along.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
@@ -62,20 +59,11 @@ def run_stage(
     state, problems = _newest_whole(place)
     done = step_of(state) if state else 0
     logged = log.rewind(settings.number, done)
-    model, states, lineage = start()
+    begun = begin(settings, data, place=place, state=state)
+    model, lineage = begun.model, begun.lineage
     before = lineage.last
     arguments = training_arguments(settings.training, place, steps=settings.steps, seed=settings.seed)
-    model.to(arguments.device)
-    growth: dict[str, Any] = {}
-    if settings.growth:
-        states, growth = _grow(model, states, settings, data, measured=not done)
-        lineage = lineage.then(
-            "grow",
-            arguments={**settings.growth, "name": all_group_names(model)[-1]},
-            seed=settings.weights_seed,
-        )
-    addon = becomes_addon(model, parent)
-    freeze_only(model, frozen_parts(settings.frozen, model, addon=addon))
+    freeze_only(model, frozen_parts(settings.frozen, model, addon=becomes_addon(model, parent)))
     watcher = Watcher(
         settings,
         model,
@@ -85,7 +73,7 @@ def run_stage(
         flops_per_step=data.per_step(settings.training) * data.flops(model, settings.training),
         seconds=max(logged.get("seconds", 0.0) if done else 0.0, before.training_seconds),
     )
-    optimizer = make_optimizer(model, settings.training, states, apart=settings.rate_of_new is not None)
+    optimizer = make_optimizer(model, settings.training, begun.states, apart=settings.rate_of_new is not None)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, [_rate(settings, group) for group in optimizer.param_groups]
     )
@@ -93,7 +81,7 @@ def run_stage(
     if state and isinstance(examples, BlockStream):  # then its text is the only one
         read = sum(settings.reading.skipped.values()) + done * settings.training.batch_size
         go_on(examples, state, read=read)
-    trainer = watcher.trainer = StreamTrainer(
+    trainer = watcher.trainer = begun.trainer(
         model,
         arguments,
         train_dataset=examples,
@@ -109,8 +97,8 @@ def run_stage(
         )
     for problem in problems:
         watcher.emit("damaged", done, problem=problem)
-    if growth and not done:
-        watcher.emit("growth", 0, **growth)
+    if begun.growth and not done:
+        watcher.emit("growth", 0, **begun.growth)
     reads = data.reads(settings.reading)
     parameters = sum(p.numel() for p in model.parameters())
     watcher.emit("stage", 0, steps=settings.steps, done=done, parameters=parameters, reads=reads)
@@ -118,8 +106,6 @@ def run_stage(
         trainer.train(resume_from_checkpoint=str(state) if state else None)
     if watcher.interrupted:
         raise KeyboardInterrupt
-    names = {id(p): name for name, p in model.named_parameters()}
-    states = {**states, **{names[id(p)]: dict(state) for p, state in optimizer.state.items()}}
     # None after resuming from the last step, which was evaluated before it was saved.
     found = (watcher.evaluation or data.measure(model, settings.training)).results()
     lineage = lineage.then(
@@ -134,17 +120,7 @@ def run_stage(
     )
 
     watcher.emit("end", settings.steps, **found)  # before the checkpoint is there, after which nobody would say it
-
-    def add_files(folder: Path) -> None:
-        torch.save(states, folder / OPTIMIZER_FILE)
-        if parent is not None and not addon:  # what loads an add-on loads its parent
-            carry_files(parent, folder)
-
-    if log.enabled and addon:
-        assert parent is not None
-        save_stage(target, model.to("cpu"), lineage, parent=parent, extra=add_files)
-    elif log.enabled:
-        save_checkpoint(target, model.to("cpu"), data.processor, lineage, extra=add_files)
+    begun.write(target, begun, optimizer, data, lineage, parent=parent)
     processes().wait_for_everyone()
     return model
 
@@ -153,26 +129,6 @@ def _newest_whole(place: Path) -> tuple[Path | None, list[str]]:
     """Let the main process choose for all from where to continue."""
     found: list[Any] = [newest_whole(place) if processes().is_main_process else None]
     return broadcast_object_list(found)[0]
-
-
-def _grow(
-    model: PreTrainedModel, states: OptimizerState, settings: StageSettings, data: Material, *, measured: bool
-) -> tuple[OptimizerState, dict[str, Any]]:
-    """Grow, rename the optimizer's states along, and say what it did to the logits and, where asked, to the loss."""
-    before = data.measure(model.eval(), settings.training).loss if measured else None
-    sample = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in data.sample().items()}
-    with torch.no_grad():
-        logits = model(**sample).logits
-        states = grow_with_states(model, states, **settings.growth)
-        equal = torch.equal(model(**sample).logits, logits)
-    after = data.measure(model, settings.training).loss if measured else None
-    return states, {
-        "arguments": settings.growth,
-        "token_groups": cost.group_tokens(model.config),
-        "loss_before": finite(before),
-        "loss_after": finite(after),
-        "logits_equal": equal,
-    }
 
 
 def _rate(settings: StageSettings, group: dict[str, Any]) -> Callable[[int], float]:

@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader
 
 from ..data.stream import BlockStream
 from .gradients import GuardedTrainer
-from .processes import processes
 
 
 class StreamTrainer(GuardedTrainer):
@@ -30,7 +29,7 @@ class StreamTrainer(GuardedTrainer):
 
 def save_place(stream: BlockStream, state: Path) -> None:
     """Write into a state how far this process has read."""
-    torch.save(stream.state_dict(), _file(state))
+    torch.save(stream.state_dict(), _file(state, stream))
 
 
 def go_on(stream: BlockStream, state: Path, *, read: int) -> None:
@@ -39,13 +38,14 @@ def go_on(stream: BlockStream, state: Path, *, read: int) -> None:
     Args:
         stream: of this process.
         state: of the run; it says where only to as many processes as wrote it.
-        read: sequences that all processes had read by then.
+        read: sequences that had been read of all shares by then.
     """
-    if _file(state).exists():
-        stream.load_state_dict(torch.load(_file(state), weights_only=True))
+    file = _file(state, stream)
+    if file.exists():
+        stream.load_state_dict(torch.load(file, weights_only=True))
     else:
-        stream.begin_after(read // processes().num_processes)
+        stream.begin_after(read // stream.shares)
 
 
-def _file(state: Path) -> Path:
-    return state / f"text-{processes().process_index}-of-{processes().num_processes}.pt"
+def _file(state: Path, stream: BlockStream) -> Path:
+    return state / f"text-{stream.number}-of-{stream.shares}.pt"

@@ -28,7 +28,7 @@ from .log import finite
 from .material import Material
 from .model import ModelSection
 from .precision import autocast_type
-from .processes import processes
+from .processes import reader
 from .recipe import Recipe, TrainingSection
 
 
@@ -114,7 +114,7 @@ class TextMaterial(Material):
         texts = {text: self.data.train_blocks[text] for text in reading.shares}
         for text, blocks in texts.items():
             if isinstance(blocks, BlockStream):  # then it is the only one
-                blocks.begin_after(reading.skipped.get(text, 0) // processes().num_processes)
+                blocks.begin_after(reading.skipped.get(text, 0) // blocks.shares)
                 return blocks
         cached = {text: blocks for text, blocks in texts.items() if isinstance(blocks, datasets.Dataset)}
         order = reading.order({text: len(blocks) for text, blocks in cached.items()}, seed=seed)
@@ -180,7 +180,7 @@ def prepare_text(recipe: Recipe, run: Path, config: PreTrainedConfig | None) -> 
         others=recipe.other_texts,
         tokenizer=tokenizer,
         difficulty=difficulty,
-        process=(processes().process_index, processes().num_processes),
+        process=reader(recipe.training),
     )
     return TextMaterial(data)
 

@@ -23,14 +23,15 @@ from ..checkpoints.optimizer import OptimizerState, load_states
 from ..errors import CheckpointError, DataError
 from ..growth.tokenise import build
 from ..quiet import without_bars
+from . import sharded, whole
 from .log import Log, OnEvent, read_log
 from .material import Material
 from .partial import unfinished
 from .preparation import begin_run, check_resumable, prepare_run
-from .processes import processes
+from .processes import processes, started_again
 from .recipe import Recipe, load_recipe, parse_recipe
 from .settings import stage_settings
-from .stage import run_stage
+from .stage import Begin, run_stage
 
 
 @without_bars()
@@ -48,7 +49,8 @@ def train(
         recipe: what to do; as a path, the YAML file that says it, and as a dictionary, what such a file holds.
         folder: the run folder.
         resume: continue what an earlier call began, from its newest whole checkpoint; with the same machine and
-            threads the final weights equal those of an uninterrupted run bit for bit.
+            threads the final weights equal those of an uninterrupted run bit for bit. Where torchrun starts processes
+            again because one was lost, they do so unasked.
         force: replace an existing run folder, once what comes before the first step has gone well.
         on_event: called with every event of the run, in order: "data", "stage", "growth", "train", "evaluation",
             "damaged", "skipped", "diverged", "end"; all are lines of log.jsonl. "progress", one a step, is not.
@@ -68,6 +70,8 @@ def train(
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
     main_process = processes().is_main_process
+    if started_again() and (run / "recipe.yaml").exists():
+        resume, force = True, False
     if resume and force:
         raise CheckpointError("--resume continues a run and --force starts it over: give one of them")
     with locked(run) if main_process else nullcontext():
@@ -102,8 +106,12 @@ def _train_stages(recipe: Recipe, run: Path, data: Material, log: Log) -> list[P
         if not checkpoint.exists():
             previous = checkpoints[-1] if checkpoints else recipe.model.checkpoint
             settings = stage_settings(recipe, index)
-            start = partial(_start, recipe, settings.weights_seed, data, previous)
-            run_stage(settings, start, data, log, checkpoint, parent=previous)
+            if recipe.training.parallel is None:
+                start = partial(_start, recipe, settings.weights_seed, data, previous)
+                begin: Begin = partial(whole.begin, start)
+            else:
+                begin = partial(sharded.begin, recipe, previous)
+            run_stage(settings, begin, data, log, checkpoint, parent=previous)
         if log.enabled:
             shutil.rmtree(unfinished(checkpoint), ignore_errors=True)
         checkpoints.append(checkpoint)

@@ -120,6 +120,8 @@ class Watcher(TrainerCallback):
             due = control.should_log  # logging the validation would take the training loss's turn
             self.trainer.log({f"eval_{name}": value for name, value in self.evaluation.numbers().items()})
             control.should_log = due
+        if state.global_step % self.settings.training.save_every == 0 or state.global_step == self.settings.steps:
+            control.should_save = True
         if self._any_interrupted():
             control.should_save = control.should_training_stop = True
 
