@@ -16,7 +16,9 @@ Each message says what was asked, what was found and what to do.
 
 
 class TokenformerError(Exception):
-    """Base of all errors above."""
+    """Base of all errors above; `said` where another process of the run tells its user."""
+
+    said = False
 
 
 class RecipeError(TokenformerError):

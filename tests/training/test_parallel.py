@@ -158,6 +158,16 @@ def test_torchrun_starts_again_from_the_newest_state_when_a_process_is_lost(alon
 
 
 @pytest.mark.slow
+def test_what_is_wrong_is_said_by_one_process_alone(tmp_path):
+    content = recipe({"tensor": 2})
+    content["model"] = {**content["model"], "norm_activation_type": "softmax"}
+    with start(content, tmp_path / "run", 2) as process:
+        said = process.communicate(timeout=200)[0]
+    assert said.count("error: training.parallel.tensor splits parameter tokens") == 1 and "[rank" not in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_the_example_grows_in_place_and_to_the_same_bits():
     file = Path(__file__).parents[2] / "examples" / "grow_sharded.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(file)]

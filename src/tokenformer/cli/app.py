@@ -334,7 +334,8 @@ def main() -> None:
         app(prog_name="tokenformer")
     except TokenformerError as error:
         colour = False if os.environ.get("NO_COLOR") else None
-        typer.echo(f"{typer.style('error:', fg='red', bold=True)} {error}", err=True, color=colour)
+        if not error.said:
+            typer.echo(f"{typer.style('error:', fg='red', bold=True)} {error}", err=True, color=colour)
         sys.exit(2)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from .recipe import TrainingSection
 
@@ -13,6 +15,11 @@ from .recipe import TrainingSection
 def processes() -> PartialState:
     """Return which of the run's processes this is; under torchrun there are several."""
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def from_main(value: Any) -> Any:
+    """Return what the main process gave, in all of them."""
+    return broadcast_object_list([value])[0]
 
 
 def started_again() -> bool:

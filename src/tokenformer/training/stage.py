@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
@@ -23,7 +22,7 @@ from .material import Material
 from .optimization import make_optimizer
 from .partial import newest_whole, step_of, unfinished
 from .preparation import frozen_parts, training_arguments
-from .processes import processes
+from .processes import from_main, processes
 from .settings import StageSettings
 from .stream import go_on
 from .watch import Watcher
@@ -56,7 +55,8 @@ def run_stage(
     place = unfinished(target)
     if log.enabled:
         clear_abandoned(target.parent)
-    state, problems = _newest_whole(place)
+    # The main process chooses for all from where to continue.
+    state, problems = from_main(newest_whole(place) if processes().is_main_process else None)
     done = step_of(state) if state else 0
     logged = log.rewind(settings.number, done)
     begun = begin(settings, data, place=place, state=state)
@@ -123,12 +123,6 @@ def run_stage(
     begun.write(target, begun, optimizer, data, lineage, parent=parent)
     processes().wait_for_everyone()
     return model
-
-
-def _newest_whole(place: Path) -> tuple[Path | None, list[str]]:
-    """Let the main process choose for all from where to continue."""
-    found: list[Any] = [newest_whole(place) if processes().is_main_process else None]
-    return broadcast_object_list(found)[0]
 
 
 def _rate(settings: StageSettings, group: dict[str, Any]) -> Callable[[int], float]:

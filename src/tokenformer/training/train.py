@@ -8,7 +8,7 @@ files alone, so an interrupted run and an uninterrupted one go through the same 
 from __future__ import annotations
 
 import shutil
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..checkpoints.checkpoint import load_checkpoint
 from ..checkpoints.lineage import Lineage
 from ..checkpoints.lock import locked
 from ..checkpoints.optimizer import OptimizerState, load_states
-from ..errors import CheckpointError, DataError
+from ..errors import CheckpointError, DataError, TokenformerError
 from ..growth.tokenise import build
 from ..quiet import without_bars
 from . import sharded, whole
@@ -28,7 +28,7 @@ from .log import Log, OnEvent, read_log
 from .material import Material
 from .partial import unfinished
 from .preparation import begin_run, check_resumable, prepare_run
-from .processes import processes, started_again
+from .processes import from_main, processes, started_again
 from .recipe import Recipe, load_recipe, parse_recipe
 from .settings import stage_settings
 from .stage import Begin, run_stage
@@ -69,20 +69,33 @@ def train(
     run = Path(folder)
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
-    main_process = processes().is_main_process
     if started_again() and (run / "recipe.yaml").exists():
         resume, force = True, False
     if resume and force:
         raise CheckpointError("--resume continues a run and --force starts it over: give one of them")
-    with locked(run) if main_process else nullcontext():
-        if resume:
-            check_resumable(recipe, run)
-        with processes().main_process_first():
-            begins = main_process and not resume
-            data = begin_run(recipe, run, force=force) if begins else prepare_run(recipe, run)
+    main_process = processes().is_main_process
+    with ExitStack() as held:
+        data, problem = None, None
+        if main_process:
+            try:
+                held.enter_context(locked(run))
+                data = _prepared(recipe, run, resume=resume, force=force)
+            except TokenformerError as error:
+                problem = error
+        if problem := from_main(problem):  # what stops one stops all
+            problem.said = not main_process
+            raise problem
+        data = data or prepare_run(recipe, run)
         log = Log(run / "log.jsonl", on_event if main_process else lambda event: None, enabled=main_process)
         _check_data(log, data)
         return _train_stages(recipe, run, data, log)
+
+
+def _prepared(recipe: Recipe, run: Path, *, resume: bool, force: bool) -> Material:
+    if not resume:
+        return begin_run(recipe, run, force=force)
+    check_resumable(recipe, run)
+    return prepare_run(recipe, run)
 
 
 def _check_data(log: Log, data: Material) -> None:
