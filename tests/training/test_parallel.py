@@ -18,7 +18,12 @@ from tokenformer.checkpoints.verify import read_lineage, verify_checkpoint
 from tokenformer.training.log import read_log
 from tokenformer.training.train import train
 
-LAYOUTS = [{"fsdp": 2}, {"tensor": 2}, {"fsdp": 2, "tensor": 2}]
+LAYOUTS = [
+    ({"fsdp": 2}, 2),
+    ({"tensor": 2}, 2),
+    ({"fsdp": 2, "tensor": 2}, 4),
+    ({"fsdp": 2}, 4),
+]  # the last: two copies
 CONTENT = {
     "model": {
         "hidden_size": 32,
@@ -115,9 +120,8 @@ def alone(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
-def test_a_model_in_parts_grows_and_learns_as_one_that_is_whole(alone, parallel, optimizer, tmp_path):
-    count = parallel.get("fsdp", 1) * parallel.get("tensor", 1)
+@pytest.mark.parametrize(("parallel", "count"), LAYOUTS, ids=str)
+def test_a_model_in_parts_grows_and_learns_as_one_that_is_whole(alone, parallel, count, optimizer, tmp_path):
     said = finish(start(recipe(parallel, optimizer=optimizer), tmp_path / "run", count))
     assert "bit for bit equal" in " ".join(said.split())
     assert_close(tmp_path / "run", alone[optimizer])
