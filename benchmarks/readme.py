@@ -229,9 +229,9 @@ def racing() -> str:
 
 def attending() -> str:
     """Return what parameter tokens that attend to one another gain, or that nobody has measured it here."""
-    if not (RESULTS / "attending.jsonl").exists():
+    measured = lines("attending") if (RESULTS / "attending.jsonl").exists() else []
+    if len({(line["attends"], line["seed"]) for line in measured}) < 6:
         return "Not measured yet: `python benchmarks/attending.py` does, in ten minutes of one idle core."
-    measured = lines("attending")
     rows = [
         "| parameter tokens of a feed-forward | parameters in use | trained | text tokens | rate | bits per byte |",
         "|---|--:|--:|--:|--:|---|",
@@ -326,6 +326,8 @@ def seeing() -> str:
         return "Not measured yet: `make see-and-speak` does, in about an hour of one idle core."
     found = [line for line in measured if line["share"] == max(whole)]
     of = "" if max(whole) == 1 else f"A first look, with {max(whole):.0%} of all training. "
+    if len({line["seed"] for line in found}) < 3:
+        of += "A first look, for not all seeds have been run. "
     return (
         f"{of}Each way learned from {found[0]['images']:,} images:\n\n{see_and_speak.table(found)}\n\n"
         "![What the bridge has learned to say of held-out images](../benchmarks/results/see_and_speak.png)"
