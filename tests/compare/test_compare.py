@@ -56,6 +56,7 @@ def content(tmp_path_factory):
             {"arms": {"small": {"model": SMALL, "training": {"sequence_length": 12}}}},
             "12, which does not divide training",
         ),
+        ({"training": {"parallel": {"fsdp": 2}}}, "parallel spreads one model over processes, and a comparison deals"),
     ],
 )
 def test_impossible_rules_are_refused(content, changes, message):

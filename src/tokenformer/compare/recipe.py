@@ -180,7 +180,13 @@ class CompareRecipe(Section):
                 )
             for i, stage in enumerate(arm.stages):
                 self._check_rates(name, stage, where=f"arms.{name}.stages.{i}")
-            own = self.training_of(name).sequence_length
+            training = self.training_of(name)
+            if training.parallel is not None:
+                raise ValueError(
+                    f"arms.{name}: training.parallel spreads one model over processes, and a comparison deals out its "
+                    "arms among them; leave it out"
+                )
+            own = training.sequence_length
             check_length(own, self.training, self.data, where=f"arms.{name}.training")
             for i, stage in enumerate(arm.stages):
                 check_length(stage.sequence_length, self.training, self.data, where=f"arms.{name}.stages.{i}")

@@ -85,6 +85,49 @@ class ShardedTrainer(StreamTrainer):
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULE, weights_only=True))
 
 
+class BegunInParts(Begun):
+    """What a stage trains where each process holds a part of it."""
+
+    trainer = ShardedTrainer
+
+    def write(
+        self,
+        target: Path,
+        optimizer: torch.optim.Optimizer,
+        processor: Any,
+        lineage: Lineage,
+        *,
+        parent: str | Path | None,
+    ) -> None:
+        """Let the main process write what was trained, a tensor after the other; all others hand it theirs.
+
+        The optimizer's states are gathered in files, and are in no process's memory together.
+        """
+        state, empty = self.model.state_dict(), without_weights(self.model.config, torch.float32)
+
+        def weights(names: Sequence[str]) -> dict[str, Tensor]:
+            return {name: whole(state[name]).cpu() for name in names}
+
+        if not processes().is_main_process:
+            for names in shards_of(empty):
+                weights(names)
+            for _ in _moments(self.model, optimizer):
+                pass
+            return
+
+        def add_files(folder: Path) -> None:
+            with TemporaryDirectory(dir=folder) as kept:
+                states = {**self.states}
+                for i, (name, key, moment) in enumerate(_moments(self.model, optimizer)):
+                    file = torch.from_file(f"{kept}/{i}", shared=True, size=moment.numel(), dtype=moment.dtype)
+                    states[name] = {**states.get(name, {}), key: file.view(moment.shape).copy_(moment)}
+                torch.save(states, folder / OPTIMIZER_FILE)
+            if parent is not None:
+                carry_files(parent, folder)
+
+        save_checkpoint(target, empty, processor, lineage, weights=weights, extra=add_files)
+
+
 def begin(
     recipe: Recipe,
     previous: str | Path | None,
@@ -93,7 +136,7 @@ def begin(
     *,
     place: Path,
     state: Path | None,
-) -> Begun:
+) -> BegunInParts:
     """Read a stage's model into the processes, once the main process has drawn it or has grown its files.
 
     Args:
@@ -123,7 +166,7 @@ def begin(
     if previous and settings.growth and state is None:
         before = outcome(load_parts(previous, read_config(previous), parallel), data, settings, measured=True)
     model = load_parts(state or source, config, parallel)
-    begun = Begun(model, load_states(source), lineage, trainer=ShardedTrainer, write=write)
+    begun = BegunInParts(model, load_states(source), lineage)
     if settings.growth:
         begun.lineage = grown(lineage, settings, model)
         if before is not None:
@@ -175,45 +218,6 @@ def load_parts(path: str | Path, config: PreTrainedConfig, parallel: ParallelSec
     model.register_state_dict_post_hook(_untie)
     freeze(model, frozen_names(config))
     return model
-
-
-def write(
-    target: Path,
-    begun: Begun,
-    optimizer: torch.optim.Optimizer,
-    data: Material,
-    lineage: Lineage,
-    *,
-    parent: str | Path | None,
-) -> None:
-    """Let the main process write what was trained as a checkpoint, a tensor after the other; all others hand it theirs.
-
-    The optimizer's states are gathered in files, and are in no process's memory together.
-    """
-    state = begun.model.state_dict()
-    empty = without_weights(begun.model.config, torch.float32)
-
-    def weights(names: Sequence[str]) -> dict[str, Tensor]:
-        return {name: whole(state[name]).cpu() for name in names}
-
-    if not processes().is_main_process:
-        for names in shards_of(empty):
-            weights(names)
-        for _ in _moments(begun.model, optimizer):
-            pass
-        return
-
-    def add_files(folder: Path) -> None:
-        with TemporaryDirectory(dir=folder) as kept:
-            states = {**begun.states}
-            for i, (name, key, moment) in enumerate(_moments(begun.model, optimizer)):
-                file = torch.from_file(f"{kept}/{i}", shared=True, size=moment.numel(), dtype=moment.dtype)
-                states[name] = {**states.get(name, {}), key: file.view(moment.shape).copy_(moment)}
-            torch.save(states, folder / OPTIMIZER_FILE)
-        if parent is not None:
-            carry_files(parent, folder)
-
-    save_checkpoint(target, empty, data.processor, lineage, weights=weights, extra=add_files)
 
 
 def _untie(model: PreTrainedModel, state: dict[str, Any], *_: Any) -> None:

@@ -120,7 +120,7 @@ def run_stage(
     )
 
     watcher.emit("end", settings.steps, **found)  # before the checkpoint is there, after which nobody would say it
-    begun.write(target, begun, optimizer, data, lineage, parent=parent)
+    begun.write(target, optimizer, data.processor, lineage, parent=parent)
     processes().wait_for_everyone()
     return model
 

@@ -85,7 +85,8 @@ def train(
         if problem := from_main(problem):  # what stops one stops all
             problem.said = not main_process
             raise problem
-        data = data or prepare_run(recipe, run)
+        if data is None:
+            data = prepare_run(recipe, run)
         log = Log(run / "log.jsonl", on_event if main_process else lambda event: None, enabled=main_process)
         _check_data(log, data)
         return _train_stages(recipe, run, data, log)

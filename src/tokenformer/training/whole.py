@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,15 +39,53 @@ class Begun:
         lineage: up to and with the growth.
         growth: what growing did; empty where the stage does not grow.
         trainer: what trains it, and keeps and reads its state.
-        write: writes it as a checkpoint; all processes call it.
     """
 
     model: PreTrainedModel
     states: OptimizerState
     lineage: Lineage
     growth: dict[str, Any] = field(default_factory=dict)
-    trainer: type[StreamTrainer] = StreamTrainer
-    write: Callable[..., None] = field(default_factory=lambda: write)
+    trainer: ClassVar[type[StreamTrainer]] = StreamTrainer
+
+    def write(
+        self,
+        target: Path,
+        optimizer: torch.optim.Optimizer,
+        processor: Any,
+        lineage: Lineage,
+        *,
+        parent: str | Path | None,
+    ) -> None:
+        """Let the main process write what was trained; all call it.
+
+        It becomes a checkpoint with the optimizer's states, or an add-on where that is what trained.
+
+        Args:
+            target: folder of the new checkpoint.
+            optimizer: that trained.
+            processor: tokenizer or image processor, to write beside it.
+            lineage: of what was trained.
+            parent: checkpoint that the stage began from, whose licence and other files go along.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        if not processes().is_main_process:
+            return
+        model, addon = self.model.to("cpu"), becomes_addon(self.model, parent)
+        names = {id(p): name for name, p in model.named_parameters()}
+        states = {**self.states, **{names[id(p)]: dict(state) for p, state in optimizer.state.items()}}
+
+        def add_files(folder: Path) -> None:
+            torch.save(states, folder / OPTIMIZER_FILE)
+            if parent is not None and not addon:  # what loads an add-on loads its parent
+                carry_files(parent, folder)
+
+        if addon:
+            assert parent is not None
+            save_stage(target, model, lineage, parent=parent, extra=add_files)
+        else:
+            save_checkpoint(target, model, processor, lineage, extra=add_files)
 
 
 def begin(start: Start, settings: StageSettings, data: Material, *, place: Path, state: Path | None) -> Begun:
@@ -64,32 +102,6 @@ def begin(start: Start, settings: StageSettings, data: Material, *, place: Path,
     states = grow_with_states(model, states, **settings.growth)
     after = outcome(model, data, settings, measured=state is None)
     return Begun(model, states, grown(lineage, settings, model), told(settings, model, before, after))
-
-
-def write(
-    target: Path,
-    begun: Begun,
-    optimizer: torch.optim.Optimizer,
-    data: Material,
-    lineage: Lineage,
-    *,
-    parent: str | Path | None,
-) -> None:
-    """Write what was trained, and the optimizer's states, as a checkpoint; or an add-on, as which it was begun."""
-    model, addon = begun.model, becomes_addon(begun.model, parent)
-    names = {id(p): name for name, p in model.named_parameters()}
-    states = {**begun.states, **{names[id(p)]: dict(state) for p, state in optimizer.state.items()}}
-
-    def add_files(folder: Path) -> None:
-        torch.save(states, folder / OPTIMIZER_FILE)
-        if parent is not None and not addon:  # what loads an add-on loads its parent
-            carry_files(parent, folder)
-
-    if processes().is_main_process and addon:
-        assert parent is not None
-        save_stage(target, model.to("cpu"), lineage, parent=parent, extra=add_files)
-    elif processes().is_main_process:
-        save_checkpoint(target, model.to("cpu"), data.processor, lineage, extra=add_files)
 
 
 @torch.no_grad()
