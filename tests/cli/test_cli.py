@@ -79,6 +79,23 @@ def checkpoint(tmp_path_factory, text):
     return train(parse_recipe(content), tmp_path_factory.mktemp("run") / "run")[-1]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate {} the --max-new-tokens 5",
+        "evaluate {} --text {}",
+        "inspect {} --text {}",
+        "prune {} --text {} --keep 0.5 -o {}",
+    ],
+)
+def test_a_torch_that_was_built_for_gpus_runs_without_one(run, checkpoint, text, tmp_path, monkeypatch, line):
+    """As pip installs it by default; it names the accelerator that it was built for, whether there is one or not."""
+    if not torch.accelerator.is_available():
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **options: torch.device("cuda"))
+    code, _, err = run(*line.format(checkpoint, text, tmp_path / "new").split())
+    assert code == 0, err
+
+
 def test_train_shows_growth_and_a_table_and_names_the_checkpoint(run, recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")

@@ -51,11 +51,10 @@ def export(
 
 def load_to_run(folder: Path, *, keep: float = 1.0) -> tuple[Any, Any, "Lineage"]:
     """Load a checkpoint, an add-on or an export: model, tokenizer, lineage."""
-    import torch
-
     from ..checkpoints.checkpoint import load_checkpoint, load_tokenizer, need_tokenizer
     from ..checkpoints.verify import exported_for, read_lineage
     from ..errors import GrowthError
+    from ..training.processes import processes
 
     if exported_for(folder) is not None:
         from ..serve.exported import ExportedForCausalLM
@@ -66,5 +65,5 @@ def load_to_run(folder: Path, *, keep: float = 1.0) -> tuple[Any, Any, "Lineage"
         return model, need_tokenizer(folder, model.config, load_tokenizer(folder, model.config)), read_lineage(folder)
     model, tokenizer, lineage = load_checkpoint(folder, keep=keep)
     note_order(lineage, keep)
-    model.to(torch.accelerator.current_accelerator() or "cpu")
+    model.to(processes().device)
     return model, tokenizer, lineage

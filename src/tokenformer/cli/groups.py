@@ -401,14 +401,13 @@ def _select(checkpoint: Path, output: Path, text: str, operation: Callable[[Any,
 
 def judged(checkpoint: Path) -> tuple[Any, Any, Callable[[str], Any]]:
     """Load a checkpoint's model and tokenizer, and give a function that reads text for them."""
-    import torch
-
     from ..checkpoints.checkpoint import load_checkpoint, need_tokenizer
     from ..data.blocks import text_blocks
+    from ..training.processes import processes
 
     model, tokenizer, _ = load_checkpoint(checkpoint)
     tokenizer = need_tokenizer(checkpoint, model.config, tokenizer)
-    model.to(torch.accelerator.current_accelerator() or "cpu")
+    model.to(processes().device)
     length = min(getattr(model.config, "max_position_embeddings", None) or 512, 512)
     return model, tokenizer, lambda source: text_blocks(source, tokenizer, block_length=length)
 

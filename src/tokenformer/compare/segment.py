@@ -224,7 +224,7 @@ def _per_step(segment: Segment, model: PreTrainedModel, training: TrainingSectio
 
 
 def _evaluate(model: PreTrainedModel, data: TextData, training: TrainingSection) -> Evaluation:
-    return TextMaterial(data).measure(model.to(torch.accelerator.current_accelerator() or "cpu"), training)
+    return TextMaterial(data).measure(model.to(processes().device), training)
 
 
 def _point(event: Line, before: Line, flops_per_step: float) -> Line:

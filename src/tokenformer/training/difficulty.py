@@ -14,6 +14,7 @@ from ..checkpoints.verify import verify_checkpoint
 from ..data.cache import cached
 from ..data.sources import grouped
 from ..evaluation import default_block_length, evaluate
+from .processes import processes
 
 _FEATURES = datasets.Features({"bits_per_byte": datasets.Value("float64")})
 
@@ -40,7 +41,7 @@ def difficulty(checkpoint: str, documents: datasets.Dataset) -> np.ndarray:
 def _judged(checkpoint: str, documents: datasets.Dataset) -> Iterator[dict[str, list[float]]]:
     model, tokenizer, _ = load_checkpoint(checkpoint, dtype=torch.float32)
     assert tokenizer is not None
-    model.to(torch.accelerator.current_accelerator() or "cpu")
+    model.to(processes().device)
     length, eos = default_block_length(model.config), tokenizer.eos_token_id
 
     def bits_per_byte(text: str) -> float:

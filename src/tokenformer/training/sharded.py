@@ -198,7 +198,7 @@ class _InParts(TokenformerForCausalLM):
                 # knows nothing, and a validation has no backward pass.
                 spread = fully_shard(part, mesh=mesh, reshard_after_forward=True)
                 # gloo's reduce-scatter adds up where it is asked for the mean (pytorch issue 162338).
-                spread.set_force_sum_reduction_for_comms(mesh.device_type == "cpu")
+                spread.set_force_sum_reduction_for_comms(processes().device.type == "cpu")
             model._is_fsdp_managed_module = True
         return model
 
